@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -14,13 +14,14 @@ if TYPE_CHECKING:
 __all__ = ["Job"]
 
 
-@dataclass(kw_only=True)
+@dataclass
 class Job:
     """A model, a loss, an optimizer factory, a sample batch, and data. No base class to inherit."""
 
     model: nn.Module | Callable[[], nn.Module]
     """A module, or a function that builds one (then built shard by shard, never whole)."""
-    batch: tuple[Any, Any] | Any
+    _: KW_ONLY
+    batch: tuple[Any, Any]
     """A sample `(inputs, targets)`; inputs a tensor, a tuple (positional) or a dict (keyword arguments)."""
     loss: Callable[[Any, Any], torch.Tensor] | None = None
     """loss(outputs, targets) -> scalar, a mean over samples; None: the model's own `.loss`, or its scalar output."""

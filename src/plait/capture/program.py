@@ -1,0 +1,53 @@
+"""The captured model, executable."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    import torch
+    from torch import fx
+
+    from plait.capture.job import Job
+    from plait.schema import Graph
+
+__all__ = ["Placeholder", "Program"]
+
+
+@dataclass(frozen=True, slots=True)
+class Placeholder:
+    """One argument of the captured graph."""
+
+    kind: Literal["parameter", "buffer", "constant", "input"]
+    name: str
+    """The user's own name of a parameter or buffer (the first one when tied); the input's path, such as
+    `inputs.input_ids`, `inputs.0` or `targets`."""
+    trainable: bool = False
+
+
+@dataclass
+class Program:
+    """A model's forward (with its loss where that could be captured), flat: parameters are arguments.
+
+    `module.graph` is torch.export's training-level graph: ATen operators before any decomposition, differentiable in
+    eager. Its placeholders are described by `placeholders`; its single output node returns a tuple of tensors.
+    `node.meta["val"]` holds a fake tensor (batch dimension symbolic where `dynamic`), `node.meta["segment"]` the
+    index of the node's segment.
+    """
+
+    job: Job
+    module: fx.GraphModule
+    placeholders: dict[str, Placeholder]
+    """By placeholder node name, in the graph's order."""
+    has_loss: bool
+    """Whether the output is the loss; otherwise the outputs' leaves, and the loss is computed from them in eager."""
+    dynamic: bool
+    """Whether other batch sizes may be fed."""
+    batch: int
+    """Samples at capture."""
+    aliases: dict[str, str] = field(default_factory=dict)
+    """Tied names: every other name of a parameter to its first."""
+    constants: dict[str, torch.Tensor] = field(default_factory=dict)
+    """Values of the "constant" placeholders, by name."""
+    graph: Graph | None = None
