@@ -1,0 +1,41 @@
+# Three words to know: `make demo`, `make test`, `make check`. Each sets up what it needs in .venv first.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+export OMP_NUM_THREADS ?= 1
+export HF_HUB_OFFLINE ?= 1
+
+.PHONY: demo test check format tiny clean
+
+# About two minutes on two cores: a byte-level GPT on four processes, then the proof of the same plan.
+demo: $(STAMP)
+	$(BIN)/plait train "examples/gpt.py:job" --devices 4 --plan dp=2,pp=2 --steps 110 --batch 16 --run-dir runs/demo
+	$(BIN)/plait verify "examples/gpt.py:job?layers=4&width=64&length=32" --devices 4 --plan dp=2,pp=2 --steps 3 --batch 16
+
+test: $(STAMP)
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# The whole flow, once, in under a minute.
+tiny: $(STAMP)
+	$(BIN)/python -m pytest tests/test_tiny.py
+
+check: $(STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(STAMP)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+# pip reads dependency groups from 25.1 on.
+$(STAMP): pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
+	$(BIN)/python -m pip install --quiet --editable . --group dev
+	touch $(STAMP)
+
+clean:
+	rm -rf $(VENV) build dist runs .mypy_cache .ruff_cache .pytest_cache .hypothesis
