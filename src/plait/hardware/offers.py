@@ -1,0 +1,98 @@
+"""What clouds ask for an hour, each price with its date and source."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+
+from plait.errors import HardwareError
+from plait.hardware.catalogue import load_accelerators
+from plait.hardware.tables import DATA, number, rows
+from plait.schema.records import Record
+from plait.units import GIB
+
+__all__ = ["Offer", "cheapest", "load_offers"]
+
+_COLUMNS = (
+    "cloud,instance_type,accelerator,accelerator_count,vcpus,memory_gib,region,price_usd_per_hour,"
+    "spot_price_usd_per_hour,as_of,source"
+).split(",")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Offer(Record):
+    """One instance type in one region."""
+
+    cloud: str
+    instance_type: str
+    accelerator: str
+    count: float
+    """Accelerators in the instance; a fraction is a slice of one."""
+    vcpus: float | None
+    memory_bytes: float | None
+    region: str
+    usd_per_hour: float | None
+    """On demand, whole instance; None: only spot or auction prices exist."""
+    spot_usd_per_hour: float | None
+    as_of: str
+    source: str
+
+    def price(self, *, spot: bool = False) -> float:
+        """Dollars an hour for one accelerator.
+
+        Raises:
+            HardwareError: the offer has no such price.
+        """
+        whole = self.spot_usd_per_hour if spot else self.usd_per_hour
+        if whole is None:
+            kind = "spot" if spot else "on-demand"
+            raise HardwareError(
+                f"offer {self.cloud} {self.instance_type} ({self.region}) has no {kind} price",
+                hint="ask the cloud, or choose an offer with a price",
+            )
+        return whole / self.count
+
+
+@functools.cache
+def load_offers(path: Path = DATA / "offers.csv") -> tuple[Offer, ...]:
+    """Every offer, checked.
+
+    Raises:
+        HardwareError: the table is unreadable, an accelerator is unknown, or a key is used twice.
+    """
+    known = load_accelerators()
+    seen: set[tuple[str, ...]] = set()
+    offers = []
+    for where, cells in rows(path, _COLUMNS):
+        if cells["accelerator"] not in known:
+            raise HardwareError(f"{where}: accelerator {cells['accelerator']!r} is not in the catalogue")
+        key = (cells["cloud"], cells["instance_type"], cells["accelerator"], cells["region"])
+        if key in seen:
+            raise HardwareError(f"{where}: {' '.join(key)} is there twice")
+        seen.add(key)
+        count = number(where, cells, "accelerator_count", high=1e5)
+        if not count:
+            raise HardwareError(f"{where}: accelerator_count={cells['accelerator_count']!r} must be above 0")
+        offers.append(
+            Offer(
+                cloud=cells["cloud"],
+                instance_type=cells["instance_type"],
+                accelerator=cells["accelerator"],
+                count=count,
+                vcpus=number(where, cells, "vcpus", high=1e6),
+                memory_bytes=number(where, cells, "memory_gib", scale=GIB, high=1e7),
+                region=cells["region"],
+                usd_per_hour=number(where, cells, "price_usd_per_hour", high=1e5),
+                spot_usd_per_hour=number(where, cells, "spot_price_usd_per_hour", high=1e5),
+                as_of=cells["as_of"],
+                source=cells["source"],
+            )
+        )
+    return tuple(offers)
+
+
+def cheapest(accelerator: str) -> Offer | None:
+    """The lowest on-demand price for one whole `accelerator`; None where no offer has one."""
+    priced = [o for o in load_offers() if o.accelerator == accelerator and o.usd_per_hour and o.count >= 1]
+    return min(priced, key=lambda offer: offer.price(), default=None)
