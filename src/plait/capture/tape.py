@@ -52,7 +52,7 @@ class View:
             tensor.dtype,
             tuple(tensor.size()),
             tuple(tensor.stride()),
-            tensor.storage_offset(),
+            int(tensor.storage_offset()),
             tensor.is_conj(),
             tensor.is_neg(),
         )
@@ -178,11 +178,14 @@ class Tape:
             return View.of(leaf)
         if not isinstance(leaf, torch.Tensor):
             return leaf
-        kept = leaf.detach()
+        kept = leaf
         if leaf.untyped_storage().nbytes() <= self._small * leaf.element_size():
             # Copied by storage: an expanded tensor stays small.
             kept = torch.empty(0, dtype=leaf.dtype).set_(
-                leaf.untyped_storage().clone(), leaf.storage_offset(), leaf.size(), leaf.stride()
+                leaf.untyped_storage().clone(),  # type: ignore[no-untyped-call]
+                leaf.storage_offset(),
+                leaf.size(),
+                leaf.stride(),
             )
             kept = kept.conj() if leaf.is_conj() else kept
         return _Constant(kept, kept._version)
@@ -250,8 +253,9 @@ class Tape:
             if tuple(out.size()) != view.size or out.dtype != view.dtype:
                 raise DeferredError(f"{entry.function} gave {tuple(out.size())}, expected {view.size}")
             if tuple(out.stride()) != view.stride or out.storage_offset() != view.offset:
-                out = _laid_out(out, view)
-            real[view.storage] = out.untyped_storage()
+                real[view.storage] = _laid_out(out, view).untyped_storage()
+            else:
+                real[view.storage] = out.untyped_storage()
 
     def _value(self, leaf: Any, entry: _Entry, real: dict[int, torch.UntypedStorage]) -> Any:
         if isinstance(leaf, View):
