@@ -99,6 +99,7 @@ def transformers_job(name: str, arguments: Mapping[str, str]) -> TransformersJob
     model_class = auto._model_mapping[type(config)]
     if isinstance(model_class, list | tuple):
         model_class = model_class[0]
+        config.architectures = config.architectures or [model_class.__name__]
     shape = _Shape(config, model_class, task, own.get("seq_len"), given, f"target hf:{name}")
     inputs, targets = shape.batch(own.get("samples", 4))
     lr = own.get("lr", 3e-4)
@@ -200,7 +201,8 @@ def _config_of_type(name: str, given: Mapping[str, str]) -> tuple[str, Any]:
         default = config_class()
         changes = _changes(config_class, default, given, where)
         config = config_class(**changes)
-        _fit_special_tokens(config, given)
+        _fit_special_tokens(config)
+        _fit_decoder_start(config)
     except TargetError:
         raise
     except Exception as problem:
@@ -256,12 +258,12 @@ def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _fit_special_tokens(config: Any, given: Mapping[str, str]) -> None:
+def _fit_special_tokens(config: Any) -> None:
     """Move special tokens that a smaller vocabulary lost to its last entry."""
     size = getattr(config, "vocab_size", None)
     for key, value in list(vars(config).items()):
         if hasattr(value, "to_dict"):
-            _fit_special_tokens(value, given)
+            _fit_special_tokens(value)
         elif key.endswith("token_id") and isinstance(value, int) and isinstance(size, int) and value >= size > 0:
             setattr(config, key, size - 1)
 
@@ -271,6 +273,17 @@ def _quiet(config: Any, given: Mapping[str, str]) -> None:
         for key, value in {**_NO_CACHE, **_CHANCE}.items():
             if hasattr(part, key) and not any(path.rpartition(".")[2] == key for path in given):
                 setattr(part, key, value)
+
+
+def _fit_decoder_start(config: Any) -> None:
+    """Give an encoder-decoder whose config names no padding or first decoder token one: padding starts, as in T5."""
+    if not getattr(config, "is_encoder_decoder", False):
+        return
+    parts = (config, *_sub_configs(config).values())
+    for name in ("pad_token_id", "decoder_start_token_id"):
+        if getattr(config, name, None) is None:
+            found = [getattr(part, other, None) for other in (name, "pad_token_id", "bos_token_id") for part in parts]
+            setattr(config, name, next((token for token in found if token is not None), 0))
 
 
 def _line(problem: BaseException) -> str:
@@ -384,7 +397,10 @@ class _Shape:
     def _tokens(self, samples: int, length: int, generator: torch.Generator) -> torch.Tensor:
         """Random tokens that mean nothing special (padding, end of text, images, ...)."""
         if self.vocabulary < 2:
-            raise TargetError(f"{self.where}: the config has no vocab_size, so no tokens can be drawn for it")
+            raise TargetError(
+                f"{self.where}: the config has no vocab_size, so no tokens can be drawn for it",
+                hint="add vocab_size=320 (or another size) to the target",
+            )
         configs = (self.config, *_sub_configs(self.config).values())
         special = {v for c in configs for k, v in vars(c).items() if k.endswith("token_id") and isinstance(v, int)}
         plain = torch.tensor([t for t in range(self.vocabulary) if t not in special] or [0])
@@ -406,7 +422,10 @@ class _Shape:
                 f"{self.where}: its input {self.main!r} is of a kind that plait cannot make up",
                 hint="write a function that returns a plait.Job with your own inputs",
             )
-        return {self.main: torch.randn(samples, *shape(), generator=generator)}
+        inputs = {self.main: torch.randn(samples, *shape(), generator=generator)}
+        if self.task == "ctc" and self._wants_mask():  # CTC takes the lengths from it
+            inputs["attention_mask"] = torch.ones(inputs[self.main].shape[:2], dtype=torch.int64)
+        return inputs
 
     def _image(self) -> tuple[int, ...]:
         channels = self._first("num_channels", "in_channels", default=3)
