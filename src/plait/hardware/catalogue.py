@@ -16,7 +16,7 @@ from plait.units import GB, GIB, TERA
 
 __all__ = ["Accelerator", "find", "load_accelerators"]
 
-_COLUMNS = (
+_COLUMNS = (  # noqa: SIM905 - one line a person can compare with the header
     "name,aliases,vendor,family,category,programmability,trains,year,status,successor,fp32_tflops,tf32_tflops,"
     "fp16_tflops,bf16_tflops,fp8_tflops,int8_tops,memory_gib,memory_type,memory_bandwidth_gbs,link_name,"
     "link_bandwidth_gbs,max_scale_up,tdp_w,torch_device,frameworks,inference_runtimes,collective_library,"

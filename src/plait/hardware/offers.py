@@ -14,7 +14,7 @@ from plait.units import GIB
 
 __all__ = ["Offer", "cheapest", "load_offers"]
 
-_COLUMNS = (
+_COLUMNS = (  # noqa: SIM905 - one line a person can compare with the header
     "cloud,instance_type,accelerator,accelerator_count,vcpus,memory_gib,region,price_usd_per_hour,"
     "spot_price_usd_per_hour,as_of,source"
 ).split(",")

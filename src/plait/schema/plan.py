@@ -14,9 +14,14 @@ __all__ = ["AXES", "PRECISIONS", "RECOMPUTE", "SCHEDULES", "Plan"]
 AXES = ("dp", "fsdp", "tp", "pp", "cp", "ep")
 SCHEDULES = ("gpipe", "1f1b", "interleaved", "zerobubble")
 RECOMPUTE = ("none", "selective", "full")
-PRECISIONS = ("fp32", "bf16")
+PRECISIONS = ("fp32", "bf16", "fp16", "fp8", "fp4")
 
-_WORDS: dict[str, tuple[str, ...]] = {"schedule": SCHEDULES, "recompute": RECOMPUTE, "precision": PRECISIONS}
+_WORDS: dict[str, tuple[str, ...]] = {
+    "schedule": SCHEDULES,
+    "recompute": RECOMPUTE,
+    "precision": PRECISIONS,
+    "sequence_parallel": ("no", "yes"),
+}
 _NUMBERS = (*AXES, "zero", "microbatches", "interleave")
 
 
@@ -43,7 +48,9 @@ class Plan(Record):
     interleave: int = 1
     """Pipeline stages on each rank (virtual stages)."""
     recompute: Literal["none", "selective", "full"] = "none"
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["fp32", "bf16", "fp16", "fp8", "fp4"] = "fp32"
+    sequence_parallel: Literal["no", "yes"] = "no"
+    """Whether tp also splits what lies between its matmuls, along the sequence."""
     cuts: tuple[int, ...] = ()
     """First segment of stages 1, 2, ...; empty: cut evenly by cost."""
     recompute_segments: dict[str, str] | None = None

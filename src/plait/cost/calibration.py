@@ -1,0 +1,131 @@
+"""How much of a data sheet's rates is reached: parameters of accelerator families, links and software generations.
+
+`data/calibration.json` holds them with their source or the fit that made them (benchmarks/fit_cost.py). A parameter
+belongs to a family (`Hopper`), a link (`InfiniBand`) or a software generation (`megatron-core`), never to a row or a
+model. What a cluster file's devices state under `efficiency` (from a probe or a calibration) comes first.
+
+Parameters and their unit:
+
+    matmul         fraction of peak that a large 16- or 32-bit matmul reaches
+    matmul_low     the same for fp8 and fp4
+    grouped        fraction of the matmul rate that an expert matmul reaches
+    attention      fraction of the matmul rate that fused attention reaches in the forward, counting the causal half
+    attention_back the same in the backward
+    traffic        fraction of a matmul's memory traffic that its arithmetic does not hide
+    memory         fraction of peak bandwidth that operators with little arithmetic reach
+    fusion         bytes moved by them over those of eager PyTorch (a compiler moves fewer)
+    kernel         s, least time of one kernel on the device
+    launch         s, host time to start one operator; the longer of host and device counts
+    step           s, host time of a step outside the model
+    tp_overlap, dp_overlap, cp_overlap, ep_overlap, pp_overlap
+                   fraction of that communication that runs beside compute
+    slowdown       what one second of hidden communication adds to compute
+    spread         added for each doubling of nodes by waiting for the slowest
+    optimizer      fraction of peak bandwidth that the optimizer reaches
+    overhead       bytes that allocator and libraries hold, as a fraction of the rest; overhead_bytes: constant
+    node, rack, site, device
+                   fraction of a link's bandwidth that collectives reach; *_latency: times the stated latency
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from plait.schema.cluster import Cluster, Device
+from plait.schema.records import Record
+
+__all__ = ["Calibration", "Software", "load_calibration", "software_for"]
+
+DATA = Path(__file__).parent / "data" / "calibration.json"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Software(Record):
+    """What a code base does, as its documentation or source says; fitted figures are in `parameters`."""
+
+    name: str
+    source: str
+    match: tuple[str, ...] = ()
+    """Regular expressions on where a table's row comes from."""
+    fused_attention: bool = True
+    gated: bool | None = None
+    weight_bytes: float = 2.0
+    """Bytes for each parameter in mixed precision that every replica holds (zero below 3)."""
+    gradient_bytes: float = 4.0
+    state_bytes: float = 12.0
+    """fp32 master copy and two moments."""
+    reduce_bytes: float = 4.0
+    """Bytes for each gradient on the wire."""
+    sharded_weight_bytes: float = 4.0
+    """Bytes for each parameter that a shard stores under zero=3."""
+    sharded_gradient_bytes: float = 4.0
+    sharded_state_bytes: float = 8.0
+    sequence_parallel: bool = False
+    """Used with tensor parallelism without being asked."""
+    logits_copies: float = 1.0
+    """Working copies of fp32 logits in the loss beyond the kept one."""
+    parameters: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Calibration(Record):
+    """All parameters, most general first."""
+
+    defaults: dict[str, float]
+    categories: dict[str, dict[str, float]]
+    """By device category (gpu, tpu, cpu)."""
+    families: dict[str, dict[str, float]]
+    links: dict[str, dict[str, float]]
+    """By a word in the link's name (NVLink, InfiniBand)."""
+    software: tuple[Software, ...]
+    provenance: dict[str, str]
+    """How the figures were found: script, date, rows."""
+
+    def resolve(self, device: Device, software: Software) -> dict[str, float]:
+        """The parameters that hold for `software` on `device`, the more special one winning."""
+        return {
+            **self.defaults,
+            **self.categories.get(device.category, {}),
+            **self.families.get(device.family, {}),
+            **software.parameters,
+            **self.families.get(f"{device.family}+{software.name}", {}),
+            **device.efficiency,
+        }
+
+    def link_factors(
+        self, cluster: Cluster, parameters: Mapping[str, float]
+    ) -> tuple[dict[str, float], dict[str, float]]:
+        """(efficiency, latency) factors by level of `cluster`'s network."""
+        efficiency, latency = {}, {}
+        for link in cluster.links:
+            words = next((values for word, values in self.links.items() if word.lower() in link.name.lower()), {})
+            efficiency[link.level] = parameters.get(link.level, words.get("efficiency", 0.8))
+            latency[link.level] = parameters.get(f"{link.level}_latency", words.get("latency", 1.0))
+        return efficiency, latency
+
+    def software_named(self, name: str) -> Software:
+        """The software called `name`."""
+        return next(item for item in self.software if item.name == name)
+
+
+@functools.cache
+def load_calibration(path: Path = DATA) -> Calibration:
+    """The shipped parameters."""
+    data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return Calibration.from_dict(data)
+
+
+def software_for(source: str, category: str, precision: str, calibration: Calibration) -> Software:
+    """The software generation that a table's row was run with; a general one where the source is not known."""
+    for item in calibration.software:
+        if any(re.search(pattern, source, re.IGNORECASE) for pattern in item.match):
+            return item
+    if category == "tpu":
+        return calibration.software_named("xla")
+    return calibration.software_named("transformer-engine" if precision in ("fp8", "fp4") else "pytorch")

@@ -1,0 +1,88 @@
+"""Seconds of one segment's forward and backward: a roofline whose two sides add up in part.
+
+    t = FLOP / (peak x efficiency) + traffic x bytes / bandwidth + kernels x least kernel time,
+
+for matmuls, so that small and thin ones, with more bytes for each FLOP, are slower; operators with little arithmetic
+cost their bytes. The host starts operators one by one: a segment takes the longer of host and device.
+Source: Williams, Waterman and Patterson (2009), roofline. Known error: 5-10 % on single large matmuls (clock
+and power limits), up to a factor of two on kernels below 20 us.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from plait.cost.work import Pass, Work
+from plait.schema.cluster import Device
+
+__all__ = ["Rates", "pass_seconds", "rates"]
+
+_LOW = ("fp8", "fp4")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rates:
+    """What one device reaches, in FLOP/s, bytes/s and seconds."""
+
+    matmul: float
+    grouped: float
+    attention: float
+    attention_back: float
+    plain_bandwidth: float
+    """Of operators with little arithmetic, in eager PyTorch's bytes."""
+    traffic_bandwidth: float
+    """Of the matmul traffic that arithmetic does not hide."""
+    optimizer_bandwidth: float
+    kernel: float
+    launch: float
+
+
+def rates(device: Device, precision: str, parameters: Mapping[str, float]) -> Rates:
+    """The rates of `device` at `precision`.
+
+    fp8 and fp4 are for matmuls with weights; attention stays in bf16. Where only the fp8 rate is stated, fp4 has twice it
+    times `fp4_gain` (a fitted figure), as NVIDIA states for every part with both.
+
+    Raises:
+        HardwareError: a rate or the memory bandwidth is not known.
+    """
+    bandwidth = device.need("memory_bandwidth")
+    if precision in _LOW:
+        half = device.peak("bf16") * parameters["matmul"]
+        dense = device.peak("fp8") * parameters["matmul_low"] * (parameters["fp4_gain"] if precision == "fp4" else 1.0)
+    else:
+        half = dense = device.peak(precision) * parameters["matmul"]
+    return Rates(
+        matmul=dense,
+        grouped=dense * parameters["grouped"],
+        attention=half * parameters["attention"],
+        attention_back=half * parameters["attention_back"],
+        plain_bandwidth=bandwidth * parameters["memory"] / parameters["fusion"],
+        traffic_bandwidth=bandwidth * parameters["memory"] / max(1e-6, parameters["traffic"]),
+        optimizer_bandwidth=bandwidth * parameters["optimizer"],
+        kernel=parameters["kernel"],
+        launch=parameters["launch"],
+    )
+
+
+def pass_seconds(work: Pass, at: Rates, *, backward: bool = False, low_bytes: float = 0.0) -> float:
+    """Seconds of a forward or backward; `low_bytes` are read and written to convert matmul inputs to fp8."""
+    device = (
+        work.matmul_flops / at.matmul
+        + work.grouped_flops / at.grouped
+        + work.attention_flops / (at.attention_back if backward else at.attention)
+        + (work.matmul_bytes + work.attention_bytes) / at.traffic_bandwidth
+        + (work.memory_bytes + low_bytes) / at.plain_bandwidth
+        + work.operators * at.kernel
+    )
+    return max(device, work.operators * at.launch)
+
+
+def recompute_seconds(work: Work, choice: str, at: Rates) -> float:
+    """Seconds of the forward work that the backward does again under `choice`."""
+    if choice == "full":
+        return pass_seconds(work.forward, at)
+    if choice == "selective":
+        return pass_seconds(work.again_selective, at)
+    return 0.0

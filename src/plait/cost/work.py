@@ -1,0 +1,357 @@
+"""What one device has to do for one segment: sums over its operators, before any rate is applied.
+
+The same pass decides which operators tensor parallelism splits. In graph order a matmul on a whole input is
+split by columns; one whose contracted dimension arrives split is split by rows and its result summed over the
+group (an all-reduce); views, element-wise operators, softmax and attention carry the split along. With
+sequence parallelism the all-reduce is a reduce-scatter and an all-gather of the same bytes, and what was whole
+between them is split too (Korthikanti et al. 2022, arXiv 2205.05198, section 4.2).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+
+from plait.schema.graph import DTYPE_BYTES, Graph, Operator, ParameterSpec, Segment, TensorSpec
+
+__all__ = ["MODEL_KINDS", "Pass", "Split", "Work", "captured_bytes", "segment_work"]
+
+_FLOAT_BYTES = {"fp32": 4, "tf32": 4, "bf16": 2, "fp16": 2, "fp8": 2, "fp4": 2}  # activations; fp8 keeps them in bf16
+_TILE = {"gpu": 128, "tpu": 128, "npu": 128, "cpu": 16}  # rows and columns of one matmul tile; general knowledge
+_FLOATS = ("float32", "bfloat16", "float16", "float64")
+MODEL_KINDS = ("matmul", "attention", "conv")
+"""Kinds of operators whose FLOP a utilisation counts."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Split:
+    """The part of a plan that changes what one device does for a segment."""
+
+    samples: float
+    """In one microbatch."""
+    tp: int = 1
+    sequence_parallel: bool = False
+    cp: int = 1
+    ep: int = 1
+    precision: str = "bf16"
+    category: str = "gpu"
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """Sums over the operators of a forward or a backward."""
+
+    matmul_flops: float = 0.0
+    """At the plan's precision, rounded up to whole tiles."""
+    matmul_bytes: float = 0.0
+    grouped_flops: float = 0.0
+    """Of expert matmuls."""
+    attention_flops: float = 0.0
+    attention_bytes: float = 0.0
+    memory_bytes: float = 0.0
+    """Read and written by operators that do little arithmetic."""
+    operators: float = 0.0
+    """Kernels to launch."""
+
+    def __add__(self, other: Pass) -> Pass:
+        return Pass(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+    def scaled(self, factor: float) -> Pass:
+        """All sums times `factor`."""
+        return Pass(*(getattr(self, f.name) * factor for f in fields(self)))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Work:
+    """One segment on one device, for one microbatch."""
+
+    forward: Pass
+    backward: Pass
+    again_selective: Pass
+    """Forward work that is done again when only matmul and attention results are kept."""
+    saved: float
+    """Bytes kept for the backward, nothing recomputed."""
+    saved_selective: float
+    saved_full: float
+    """Bytes of the segment's inputs."""
+    transient: float
+    """Bytes of the largest operator's inputs and outputs."""
+    logits: float
+    """Bytes that the loss adds for a moment: the gradient of the logits in fp32 and in the matmul's precision."""
+    dense_parameters: float
+    """Parameters that this device holds before fsdp: split by tp, experts not counted."""
+    expert_parameters: float
+    """Split by tp and ep."""
+    model_flops: float
+    """Forward and backward FLOP of matmul, attention and convolution on all devices of the microbatch."""
+    tp_forward: tuple[float, ...]
+    """Bytes of each all-reduce in the forward."""
+    tp_backward: tuple[float, ...]
+    tp_gathered: float
+    """Bytes of all-gathers at places where a split tensor must be whole."""
+    ep_bytes: float
+    """Bytes that each of 4 all-to-alls (2 forward, 2 backward) exchanges."""
+    cp_bytes: float
+    """Bytes of keys and values that travel around the ring in a forward; twice that in a backward."""
+    live_out: float
+    """Bytes that a pipeline cut behind this segment sends."""
+
+
+def captured_bytes(graph: Graph) -> int:
+    """Bytes of a floating point value as the graph was captured."""
+    for spec in graph.parameters:
+        if spec.dtype in ("float32", "bfloat16", "float16", "float64"):
+            return DTYPE_BYTES[spec.dtype]
+    return 4
+
+
+def _tiles(size: float, tile: int) -> float:
+    """`size` rounded up to tiles, of which the smallest kernels have an eighth."""
+    least = tile / 8
+    return math.ceil(size / tile) * tile if size > tile / 2 else math.ceil(size / least) * least
+
+
+@dataclass(slots=True)
+class _Sums:
+    matmul_flops: float = 0.0
+    matmul_bytes: float = 0.0
+    grouped_flops: float = 0.0
+    attention_flops: float = 0.0
+    attention_bytes: float = 0.0
+    memory_bytes: float = 0.0
+    operators: float = 0.0
+
+    def done(self) -> Pass:
+        return Pass(*(getattr(self, f.name) for f in fields(Pass)))
+
+
+def _is_expert(op: Operator) -> bool:
+    return op.kind == "matmul" and "grouped_mm" in op.target
+
+
+def segment_work(graph: Graph, segment: Segment, split: Split) -> Work:
+    """The sums for `segment` of `graph` on one device under `split`."""
+    return _Pass(graph, segment, split).run()
+
+
+class _Pass:
+    """One walk over a segment's operators in graph order."""
+
+    def __init__(self, graph: Graph, segment: Segment, split: Split) -> None:
+        self.graph, self.segment, self.split = graph, segment, split
+        self.captured = captured_bytes(graph)
+        self.wide = _FLOAT_BYTES[split.precision]
+        self.scale = split.samples / graph.batch / split.cp
+        self.tile = _TILE.get(split.category, 128)
+        self.shapes = _parameters_of(graph, segment)
+        self.whole_share = 1 / split.tp if split.sequence_parallel else 1.0
+        self.forward, self.backward, self.again = _Sums(), _Sums(), _Sums()
+        self.divided: set[str] = set()
+        """Tensors that tp splits."""
+        self.copied: set[str] = set()
+        """Whole inputs of split matmuls: their gradients are summed over the group, once each."""
+        self.tp_forward: list[float] = []
+        self.tp_backward: list[float] = []
+        self.gathered = self.ep_bytes = self.cp_bytes = 0.0
+        self.saved = self.saved_selective = self.transient = self.logits = 0.0
+        self.dense = self.expert = self.model_flops = 0.0
+        self.counted: set[str] = set()
+
+    def tensor(self, spec: TensorSpec) -> float:
+        """Bytes of a tensor on this device at the plan's precision, before tp."""
+        width = DTYPE_BYTES[spec.dtype]
+        if spec.dtype in _FLOATS and width == self.captured:
+            width = self.wide
+        return spec.numel * width * self.scale
+
+    def run(self) -> Work:
+        for op in self.segment.operators:
+            self.operator(op)
+        t, segment = self.split.tp, self.segment
+        if t > 1:
+            self.gathered += sum(self.tensor(x) for x in segment.live_out if x.name in self.divided)
+        live_in = sum(self.tensor(x) for x in segment.live_in) * self.whole_share
+        live_out = sum(self.tensor(x) for x in segment.live_out) * self.whole_share
+        if segment.equals == segment.index:  # parameters that no operator names
+            self.dense += sum(
+                s.numel for n, s in self.shapes.items() if n in segment.parameters and n not in self.counted
+            )
+        ep = self.split.ep
+        return Work(
+            forward=self.forward.done(),
+            backward=self.backward.done(),
+            again_selective=self.again.done(),
+            saved=self.saved,
+            saved_selective=min(self.saved, self.saved_selective + live_in),
+            saved_full=min(self.saved, live_in) if live_in else self.saved,
+            transient=self.transient,
+            logits=self.logits,
+            dense_parameters=self.dense,
+            expert_parameters=self.expert,
+            model_flops=self.model_flops,
+            tp_forward=tuple(self.tp_forward),
+            tp_backward=tuple(self.tp_backward),
+            tp_gathered=self.gathered,
+            ep_bytes=self.ep_bytes * (ep - 1) / ep,
+            cp_bytes=self.cp_bytes,
+            live_out=live_out,
+        )
+
+    def operator(self, op: Operator) -> None:
+        """Adds one operator."""
+        arrives = any(x.name in self.divided for x in op.inputs)
+        own = [name for name in op.parameters if name in self.shapes]
+        weights = sum(self.shapes[name].numel for name in own if len(self.shapes[name].shape) >= 2)
+        is_linear = op.kind == "matmul" and weights > 0
+        share, result = self.place(op, is_linear=is_linear, arrives=arrives)
+        if result:
+            self.divided.update(x.name for x in op.outputs)
+        self.count_parameters(op, own, is_linear=is_linear)
+        if op.kind in MODEL_KINDS:
+            self.model_flops += (op.flops + op.backward_flops) * self.split.samples / self.graph.batch
+        if op.kind == "view":
+            return
+        outputs = sum(self.tensor(x) for x in op.outputs)
+        inputs = sum(self.tensor(x) for x in op.inputs)
+        if op.kind == "attention":
+            self.count_attention(op, share, inputs + outputs)
+        elif op.kind in ("matmul", "conv") and op.flops > 0:
+            self.count_matmul(op, share, inputs, outputs, weights, is_linear=is_linear, arrives=arrives)
+        else:
+            self.count_memory(op, share, inputs, outputs, weights)
+        self.forward.operators += 1
+        self.backward.operators += 2 if is_linear else 1
+        self.count_saved(op, share, outputs, is_linear=is_linear, arrives=arrives, result=result)
+
+    def place(self, op: Operator, *, is_linear: bool, arrives: bool) -> tuple[float, bool]:
+        """(share of the operator on this device, whether tp splits its result); notes its collectives."""
+        t = self.split.tp
+        if t == 1:
+            return 1.0, False
+        if is_linear:
+            if arrives:
+                self.tp_forward.append(sum(self.tensor(x) for x in op.outputs))
+                return 1 / t, False
+            if op.inputs and op.inputs[0].name not in self.copied:
+                self.copied.add(op.inputs[0].name)
+                self.tp_backward.append(self.tensor(op.inputs[0]))
+            return 1 / t, True
+        if op.kind == "embedding":
+            self.tp_forward.append(sum(self.tensor(x) for x in op.outputs))
+            return 1 / t, False
+        if op.kind == "conv":
+            self.gathered += sum(self.tensor(x) for x in op.inputs if x.name in self.divided)
+            return 1.0, False
+        if arrives:
+            return 1 / t, op.kind != "loss"
+        return (1.0 if op.kind in MODEL_KINDS else self.whole_share), False
+
+    def count_parameters(self, op: Operator, own: list[str], *, is_linear: bool) -> None:
+        """Adds the parameters that no earlier operator used."""
+        t = self.split.tp
+        for name in own:
+            if name in self.counted:
+                continue
+            self.counted.add(name)
+            spec = self.shapes[name]
+            if _is_expert(op):
+                self.expert += spec.numel / t / self.split.ep
+            elif (is_linear or op.kind == "embedding") and len(spec.shape) >= 2:
+                self.dense += spec.numel / t
+            else:
+                self.dense += spec.numel
+
+    def count_attention(self, op: Operator, share: float, moved: float) -> None:
+        """Adds fused attention; keys and values travel over cp."""
+        self.forward.attention_flops += op.flops * self.scale * share
+        self.backward.attention_flops += op.backward_flops * self.scale * share
+        self.forward.attention_bytes += moved * share
+        self.backward.attention_bytes += 2 * moved * share
+        if len(op.inputs) >= 3:
+            self.cp_bytes += sum(self.tensor(x) for x in op.inputs[1:3]) * share * (self.split.cp - 1)
+
+    def count_matmul(self, op: Operator, share: float, inputs: float, outputs: float, weights: int, *, is_linear: bool,
+                     arrives: bool) -> None:  # fmt: skip
+        """Adds a matmul or convolution; its backward makes two of the same size."""
+        t, split = self.split.tp, self.split
+        nbytes = weights * self.wide / t / (split.ep if _is_expert(op) else 1)
+        if is_linear:
+            nbytes += inputs * (1 / t if arrives else 1) + outputs * (1 if arrives else 1 / t)
+        else:
+            nbytes += (inputs + outputs) * share
+        flops = op.flops * self.scale * share
+        flops *= _tile_loss(op, split, self.scale, self.tile, is_linear=is_linear, arrives=arrives)
+        ratio = op.backward_flops / op.flops
+        if _is_expert(op):
+            self.forward.grouped_flops += flops
+            self.backward.grouped_flops += flops * ratio
+            if split.ep > 1:
+                moved = self.tensor(op.inputs[0]) if not arrives else 0.0
+                self.ep_bytes = max(self.ep_bytes, moved)
+        else:
+            self.forward.matmul_flops += flops
+            self.backward.matmul_flops += flops * ratio
+        self.forward.matmul_bytes += nbytes
+        self.backward.matmul_bytes += 2 * nbytes
+        if not is_linear:  # scores and weighted sum of unfused attention
+            self.again.matmul_flops += flops
+            self.again.matmul_bytes += nbytes
+            self.again.operators += 1
+
+    def count_memory(self, op: Operator, share: float, inputs: float, outputs: float, weights: int) -> None:
+        """Adds an operator that does little arithmetic: its time is what it reads and writes."""
+        if op.kind == "embedding":
+            moved = 2 * outputs  # only the rows looked up are read
+        else:
+            moved = inputs + outputs + weights * self.wide
+        if op.kind == "loss" and self.wide < 4 and self.captured == 4:
+            moved *= 4 / self.wide  # computed in fp32 at any precision
+        self.forward.memory_bytes += moved * share
+        self.backward.memory_bytes += 1.5 * moved * share  # reads the gradient and what was kept, writes a gradient
+        self.again.memory_bytes += moved * share
+        self.again.operators += 1
+        self.transient = max(self.transient, moved * share)
+        if op.kind == "loss":
+            elements = max((x.numel for x in op.inputs), default=0) * self.scale * share
+            self.logits += elements * (4 + self.wide)
+
+    def count_saved(self, op: Operator, share: float, outputs: float, *, is_linear: bool, arrives: bool,
+                    result: bool) -> None:  # fmt: skip
+        """Adds what the backward needs. Split inputs are kept in part, whole ones whole (but for sequence parallel)."""
+        width = self.wide / self.captured
+        if op.kind == "loss" and self.captured == 4:
+            width = 1.0
+        part = 1 / self.split.tp if arrives or self.split.sequence_parallel else 1.0
+        self.saved += op.saved_bytes * self.scale * width * part
+        if op.kind in ("attention", "conv") or is_linear:
+            self.saved_selective += outputs * (
+                1 / self.split.tp
+                if result or self.split.sequence_parallel
+                else share
+                if op.kind == "attention"
+                else 1.0
+            )
+
+
+def _parameters_of(graph: Graph, segment: Segment) -> dict[str, ParameterSpec]:
+    """The parameters that the segment's operators name, by every name."""
+    wanted = {name for op in segment.operators for name in op.parameters} | set(segment.parameters)
+    found = {}
+    for spec in graph.parameters:
+        for name in (spec.name, *spec.aliases):
+            if name in wanted:
+                found[name] = spec
+    return found
+
+
+def _tile_loss(op: Operator, split: Split, scale: float, tile: int, *, is_linear: bool, arrives: bool) -> float:
+    """FLOP in whole tiles over FLOP: a matmul of 100 rows costs as much as one of 128."""
+    if op.gemm is None:
+        return 1.0
+    _, m, n, k = op.gemm
+    rows, columns, depth = float(m), float(n), float(k)
+    if is_linear:
+        rows = m * scale * (split.ep if _is_expert(op) else 1)
+        columns /= 1 if arrives else split.tp
+        depth /= split.tp if arrives else 1
+    return _tiles(rows, tile) / rows * (_tiles(columns, tile) / columns) * (_tiles(depth, max(tile // 4, 1)) / depth)
