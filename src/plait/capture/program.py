@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     import torch
@@ -24,6 +24,8 @@ class Placeholder:
     """The user's own name of a parameter or buffer (the first one when tied); the input's path, such as
     `inputs.input_ids`, `inputs.0` or `targets`."""
     trainable: bool = False
+    reached: bool = True
+    """Whether the loss depends on it; a trainable parameter that it does not depend on never gets a gradient."""
 
 
 @dataclass
@@ -51,3 +53,5 @@ class Program:
     constants: dict[str, torch.Tensor] = field(default_factory=dict)
     """Values of the "constant" placeholders, by name."""
     graph: Graph | None = None
+    outputs_spec: Any = None
+    """pytree spec of the model's outputs, where the loss is not captured."""

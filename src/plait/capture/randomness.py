@@ -1,0 +1,41 @@
+"""Random numbers that steer Python while a model is captured."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+__all__ = ["fixed_python_randomness"]
+
+
+@dataclass
+class _Seen:
+    seen: bool = False
+
+
+class _Fixed(TorchFunctionMode):
+    """`torch.rand([])` gives a plain number, as layer drop compares it in Python, which export cannot follow."""
+
+    def __init__(self, value: float, record: _Seen) -> None:
+        super().__init__()
+        self._value = value
+        self._record = record
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.rand and args and isinstance(args[0], list | tuple | torch.Size) and len(args[0]) == 0:
+            self._record.seen = True
+            return self._value
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def fixed_python_randomness(*, high: bool = False) -> Iterator[_Seen]:
+    """Scalar `torch.rand([])` is 0 (or just below 1); says in `.seen` whether one was drawn."""
+    record = _Seen()
+    with _Fixed(1 - 1e-7 if high else 0.0, record):
+        yield record

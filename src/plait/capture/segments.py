@@ -1,0 +1,158 @@
+"""Where a model can be cut: between operators where few bytes are live, at the borders of the user's own blocks.
+
+A decoder falls apart at its layers, a U-Net at its blocks (with the skips live in between), a plain chain at every
+operator. Nothing here knows a layer's name: the borders come from the live tensors, and among equally narrow places
+those win where the user's modules change at the shallowest level.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from itertools import pairwise
+
+import torch
+from torch import fx
+
+from plait.capture.prelude import preludes
+from plait.capture.program import Program
+from plait.capture.work import flops_of
+
+__all__ = ["ENOUGH", "live_at", "mark_segments", "module_path"]
+
+ENOUGH = 8
+"""Cuts are taken level by level of the module tree until there are this many segments."""
+
+MOST = 256
+"""More segments than this are merged to about equal shares of work: a pipeline needs no finer grain."""
+
+
+def module_path(node: fx.Node) -> tuple[str, ...]:
+    """The user's module path of a node, as a tuple of names; empty for the loss and for top-level code."""
+    stack = node.meta.get("nn_module_stack") or {}
+    if not stack:
+        return ()
+    path = str(list(stack.values())[-1][0])
+    parts = tuple(part for part in path.split(".") if part)
+    return parts[1:] if parts[:1] == ("model",) else ()
+
+
+def live_at(program: Program) -> list[set[fx.Node]]:
+    """For every position i in the graph's node list, the values made before node i and needed at or after it.
+
+    Parameters and what `preludes` can make anew are not counted.
+    """
+    nodes = list(program.module.graph.nodes)
+    order = {node: i for i, node in enumerate(nodes)}
+    free = preludes(program) | {n for n in nodes if n.op in ("placeholder", "get_attr")}
+    starts: dict[int, list[fx.Node]] = defaultdict(list)
+    ends: dict[int, list[fx.Node]] = defaultdict(list)
+    for node in nodes:
+        if node in free or node.op == "output" or not node.users:
+            continue
+        starts[order[node]].append(node)
+        ends[max(order[user] for user in node.users)].append(node)
+    live: set[fx.Node] = set()
+    result: list[set[fx.Node]] = []
+    for i in range(len(nodes)):
+        result.append(set(live))
+        live |= set(starts[i])
+        live -= set(ends[i])
+    return result
+
+
+def _bytes(nodes: set[fx.Node]) -> int:
+    return sum(spec.nbytes for node in nodes for spec in node.meta.get("specs", ()))
+
+
+def mark_segments(program: Program) -> None:
+    """Sets `meta["segment"]` on every node (placeholders and preludes: -1)."""
+    nodes = list(program.module.graph.nodes)
+    free = preludes(program) | {n for n in nodes if n.op in ("placeholder", "get_attr")}
+    cuts = set(_choose(nodes, free, live_at(program)))
+    segment = 0
+    for i, node in enumerate(nodes):
+        if i in cuts:
+            segment += 1
+        node.meta["segment"] = -1 if node in free else segment
+
+
+def _choose(nodes: list[fx.Node], free: set[fx.Node], live: list[set[fx.Node]]) -> list[int]:
+    """Positions to cut in front of: level by level of the module tree, inside what still holds too much work."""
+    work = [i for i, node in enumerate(nodes) if node not in free and node.op == "call_function"]
+    by_depth: dict[int, list[int]] = defaultdict(list)
+    for position, depth in _narrow(nodes, work, live):
+        by_depth[depth].append(position)
+    running = [0.0]
+    for node in nodes:
+        running.append(running[-1] + flops_of(node).forward + sum(spec.numel for spec in node.meta.get("specs", ())))
+    total = running[-1]
+    chosen: list[int] = []
+    for depth in sorted(by_depth):
+        bounds = [0, *chosen, len(nodes)]
+        shares = {(a, b): (running[b] - running[a]) / total for a, b in pairwise(bounds)}
+        if sum(share > 1 / (4 * ENOUGH) for share in shares.values()) >= ENOUGH:
+            shares = {key: share for key, share in shares.items() if share > 2 / ENOUGH}
+        large = [key for key, share in shares.items() if share > 1 / ENOUGH or len(chosen) + 1 < ENOUGH]
+        chosen = sorted(chosen + [p for p in by_depth[depth] if any(a < p < b for a, b in large)])
+    return _thin(_without_trifles(nodes, chosen, running), MOST)
+
+
+def _without_trifles(nodes: list[fx.Node], cuts: list[int], running: list[float]) -> list[int]:
+    """Drop cuts after (or, at the end, before) a segment with no parameter and next to no work."""
+    kept: list[int] = []
+    for cut, following in pairwise([*cuts, len(nodes)]):
+        rest = nodes[cut:following]
+        uses_parameter = any(p.op == "placeholder" and p.meta.get("parameter") for n in rest for p in n.all_input_nodes)
+        if uses_parameter or (running[following] - running[cut]) > running[-1] / 1000:
+            kept.append(cut)
+    return kept
+
+
+def _thin(cuts: list[int], most: int) -> list[int]:
+    if len(cuts) < most:
+        return cuts
+    step = len(cuts) / (most - 1)
+    return sorted({cuts[int(i * step)] for i in range(most - 1)})
+
+
+def _narrow(nodes: list[fx.Node], work: list[int], live: list[set[fx.Node]]) -> list[tuple[int, int]]:
+    """(position, module depth) of the local minima of the live bytes; of a plateau, each change of module."""
+    found: list[tuple[int, int]] = []
+    sizes = [_bytes(live[i]) for i in work]
+    sizes[0:1] = [2**62]
+    start = 1
+    while start < len(work):
+        stop = start
+        while stop + 1 < len(work) and sizes[stop + 1] == sizes[start]:
+            stop += 1
+        lower_before = sizes[start - 1] < sizes[start]
+        lower_after = stop + 1 < len(work) and sizes[stop + 1] < sizes[start]
+        tail_is_output = stop + 1 >= len(work) and sizes[start] == 0
+        if not lower_before and not lower_after and not tail_is_output:
+            places = [k for k in range(start, stop + 1) if _cuttable(live[work[k]])]
+            borders = [k for k in places if _is_border(nodes, work, k)] or places[-1:]
+            found += [(work[k], _border(nodes, work, k)) for k in borders]
+        start = stop + 1
+    return found
+
+
+def _cuttable(values: set[fx.Node]) -> bool:
+    """Only plain tensors can be sent: a list (the result of a chunk, before its getitems) or a size cannot."""
+    return all(len(node.meta.get("specs", ())) == 1 and isinstance(node.meta.get("val"), torch.Tensor) for node in values)
+
+
+def _is_border(nodes: list[fx.Node], work: list[int], k: int) -> bool:
+    """Whether the user's module changes here, or real work begins."""
+    before, after = nodes[work[k - 1]], nodes[work[k]]
+    return module_path(before) != module_path(after) or flops_of(after).forward > 0
+
+
+def _border(nodes: list[fx.Node], work: list[int], k: int) -> int:
+    """Depth of the innermost user module that the operators on both sides of a place share."""
+    before, after = module_path(nodes[work[k - 1]]), module_path(nodes[work[k]])
+    depth = 0
+    for a, b in zip(before, after, strict=False):
+        if a != b:
+            break
+        depth += 1
+    return depth

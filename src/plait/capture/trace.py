@@ -1,0 +1,347 @@
+"""A model to its Program: torch.export, cleaned, with tied weights found and gradients' paths marked."""
+
+from __future__ import annotations
+
+import copy
+import signal
+import threading
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.export import Dim
+from torch.utils import _pytree as pytree
+
+from plait.capture import batch as batches
+from plait.capture.inline import inline_regions
+from plait.capture.job import Job
+from plait.capture.measure import measure
+from plait.capture.prelude import is_mutating
+from plait.capture.program import Placeholder, Program
+from plait.capture.randomness import fixed_python_randomness
+from plait.capture.segments import mark_segments
+from plait.capture.work import build_graph
+from plait.errors import CaptureError, TargetError
+
+__all__ = ["loss_of", "trace"]
+
+_DROPPED = {
+    "aten._assert_tensor_metadata.default",
+    "aten._assert_scalar.default",
+    "aten.sym_constrain_range.default",
+    "aten.sym_constrain_range_for_size.default",
+}
+
+
+def trace(
+    job: Job,
+    *,
+    module: nn.Module | None = None,
+    batch: int | None = None,
+    time_limit: float = 300.0,
+    say: Callable[[str], None] | None = None,
+) -> Program:
+    """The job's model captured at a microbatch of `batch` samples (the sample batch's own size if None).
+
+    `module` is the built model where the caller has it already (its large parameters may be empty). The loss is
+    captured with the model; where the user's loss cannot be, the outputs are captured and the loss stays eager.
+
+    Raises:
+        CaptureError: torch.export cannot capture the model, or it took longer than `time_limit` seconds; the message
+            names the user's line.
+    """
+    size = batches.batch_size(job) if batch is None else batch
+    if module is None:
+        from plait.capture.build import build
+
+        module = build(job, seed=0, values=False).module
+    sample = batches.resized(job, size)
+    with _announced(say, time_limit):
+        exported, has_loss, dynamic = _export_any(job, module, sample, size, time_limit)
+    program = _clean(job, module, exported, has_loss=has_loss, dynamic=dynamic, size=size)
+    measure(program)
+    mark_segments(program)
+    program.graph = build_graph(program)
+    return program
+
+
+class _Whole(nn.Module):
+    """Model and loss as one module with the arguments (inputs, targets)."""
+
+    def __init__(self, model: nn.Module, loss: Callable[[Any, Any], torch.Tensor] | None, with_loss: bool) -> None:
+        super().__init__()
+        self.model = model
+        self._loss = loss
+        self._with_loss = with_loss
+
+    def forward(self, inputs: Any, targets: Any) -> Any:
+        """The loss, or the outputs' tensors."""
+        outputs = call_model(self.model, inputs)
+        return loss_of(outputs, targets, self._loss) if self._with_loss else _plain(outputs)
+
+
+def call_model(model: nn.Module, inputs: Any) -> Any:
+    """model(inputs): a dict as keyword arguments, a tuple or list as positional ones, anything else as the one."""
+    if isinstance(inputs, dict):
+        return model(**inputs)
+    if isinstance(inputs, tuple | list):
+        return model(*inputs)
+    return model(inputs)
+
+
+def _plain(outputs: Any) -> Any:
+    """Outputs as plain pytrees (Hugging Face's are dicts that pytree may not know)."""
+    return dict(outputs) if hasattr(outputs, "to_tuple") else outputs
+
+
+def loss_of(outputs: Any, targets: Any, loss: Callable[[Any, Any], torch.Tensor] | None) -> torch.Tensor:
+    """The scalar loss by the user's function, else the outputs' own `.loss` or scalar.
+
+    Raises:
+        TargetError: there is no scalar to train on.
+    """
+    if loss is not None:
+        value = loss(outputs, targets)
+    elif isinstance(outputs, torch.Tensor):
+        value = outputs
+    elif isinstance(outputs, dict) or hasattr(outputs, "loss"):
+        value = outputs["loss"] if isinstance(outputs, dict) else outputs.loss
+    else:
+        value = outputs[0]
+    if not isinstance(value, torch.Tensor) or value.numel() != 1:
+        got = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
+        raise TargetError(f"job: the loss must be a scalar tensor, got {got}", hint="pass loss= to the Job")
+    return value.reshape(())
+
+
+def _export_any(
+    job: Job, module: nn.Module, sample: tuple[Any, Any], size: int, time_limit: float
+) -> tuple[torch.export.ExportedProgram, bool, bool]:
+    """The first that works: with loss and open batch, with loss and fixed batch, outputs only likewise."""
+    first: BaseException | None = None
+    for with_loss in (True, False) if job.loss is not None else (True,):
+        for dynamic in (True, False) if size > 1 else (False,):
+            try:
+                whole = _Whole(module, job.loss, with_loss)
+                whole.train(module.training)
+                return _export(job, whole, sample, dynamic, time_limit), with_loss, dynamic
+            except TargetError:
+                raise
+            except _OutOfTime:
+                raise CaptureError(
+                    f"capture: took longer than {time_limit:.0f} s and was stopped",
+                    hint="raise the time limit, or run under dp or fsdp only, which needs no capture",
+                ) from None
+            except Exception as problem:
+                first = first or problem
+    assert first is not None
+    raise _explained(first) from None
+
+
+def _export(
+    job: Job, whole: nn.Module, sample: tuple[Any, Any], dynamic: bool, time_limit: float
+) -> torch.export.ExportedProgram:
+    shapes = None
+    if dynamic:
+        leaves, spec = pytree.tree_flatten(sample)
+        dims = batches.dims_of(job)
+        open_dims = [
+            {dim: Dim.AUTO} if dim is not None else None for _, dim in zip(leaves, dims, strict=True)
+        ]
+        inputs, targets = pytree.tree_unflatten(open_dims, spec)
+        shapes = {"inputs": inputs, "targets": targets}
+    with warnings.catch_warnings(), _alarm(time_limit), fixed_python_randomness() as check:
+        warnings.simplefilter("ignore")
+        exported = torch.export.export(whole, sample, dynamic_shapes=shapes, strict=False)
+    if check.seen:
+        # A scalar random number steered Python. Captured again with it at its other extreme, the graph must be equal.
+        with warnings.catch_warnings(), _alarm(time_limit), fixed_python_randomness(high=True):
+            warnings.simplefilter("ignore")
+            other = torch.export.export(whole, sample, dynamic_shapes=shapes, strict=False)
+        if [n.target for n in other.graph.nodes] != [n.target for n in exported.graph.nodes]:
+            raise CaptureError(
+                "capture: a random number decides which layers run (layer drop)",
+                hint="set the model's layer drop to 0; dropout and drop path inside tensors are fine",
+            )
+    return exported
+
+
+class _OutOfTime(Exception):
+    pass
+
+
+@contextmanager
+def _alarm(seconds: float) -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread() or not seconds:
+        yield
+        return
+
+    def stop(_signal: int, _frame: object) -> None:
+        raise _OutOfTime
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+@contextmanager
+def _announced(say: Callable[[str], None] | None, limit: float) -> Iterator[None]:
+    """Says what is going on when the capture takes longer than a few seconds, and how long it took."""
+    if say is None:
+        yield
+        return
+    begin = time.monotonic()
+    timer = threading.Timer(3.0, say, [f"capturing the model with torch.export (limit {limit:.0f} s) ..."])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        if time.monotonic() - begin > 3.0:
+            say(f"captured in {time.monotonic() - begin:.1f} s")
+
+
+def _explained(problem: BaseException) -> CaptureError:
+    """The error with the user's own line: the last frame of the traceback outside torch and plait."""
+    where = ""
+    for frame in traceback.extract_tb(problem.__traceback__):
+        path = frame.filename.replace("\\", "/")
+        if "/torch/" not in path and "/plait/" not in path and not path.startswith("<"):
+            where = f"{frame.filename}:{frame.lineno}: {frame.line}"
+    user_code = [line.strip() for line in str(problem).splitlines() if line.strip().startswith('File "')]
+    if not where and user_code:
+        where = user_code[-1]
+    text = str(problem).strip().splitlines()
+    reason = text[0][:200] if text else type(problem).__name__
+    return CaptureError(
+        f"capture: stopped at {where or 'the model'} ({reason})",
+        hint="replace control flow that depends on tensor values (torch.where, torch.cond), or run under dp or fsdp "
+        "only, which needs no capture",
+    )
+
+
+def _clean(
+    job: Job, module: nn.Module, exported: torch.export.ExportedProgram, *, has_loss: bool, dynamic: bool, size: int
+) -> Program:
+    graph_module = copy.deepcopy(exported.graph_module)
+    graph = graph_module.graph
+    for node in list(graph.nodes):
+        if node.op == "call_function" and str(node.target) in _DROPPED:
+            graph.erase_node(node)
+    inline_regions(graph_module)
+    placeholders, constants = _placeholders(job, module, exported, graph)
+    aliases = _merge_tied(module, graph, placeholders)
+    _normalise_output(graph)
+    graph.eliminate_dead_code(is_impure_node=_is_impure)
+    for node in list(graph.nodes):
+        if node.op == "placeholder" and not node.users and placeholders[node.name].kind != "input":
+            placeholders.pop(node.name)
+            graph.erase_node(node)
+    clean = fx.GraphModule(graph_module, graph)
+    return Program(
+        job=job,
+        module=clean,
+        placeholders={n.name: placeholders[n.name] for n in clean.graph.nodes if n.op == "placeholder"},
+        has_loss=has_loss,
+        dynamic=dynamic,
+        batch=size,
+        aliases=aliases,
+        constants=constants,
+        outputs_spec=None if has_loss else exported.module_call_graph[0].signature.out_spec,  # type: ignore[union-attr]
+    )
+
+
+def _is_impure(node: fx.Node) -> bool:
+    """Keep what has an effect: placeholders, outputs, and operators that write into a tensor."""
+    return node.op in ("placeholder", "output") or is_mutating(node)
+
+
+def _strip(name: str) -> str:
+    return name.removeprefix("model.")
+
+
+def _placeholders(
+    job: Job, module: nn.Module, exported: torch.export.ExportedProgram, graph: fx.Graph
+) -> tuple[dict[str, Placeholder], dict[str, torch.Tensor]]:
+    signature = exported.graph_signature
+    parameters = {n: p for n, p in module.named_parameters(remove_duplicate=False)}
+    inputs = [_path_name(path) for path, _ in pytree.tree_flatten_with_path(job.batch)[0]]
+    user_inputs = iter(inputs)
+    found: dict[str, Placeholder] = {}
+    constants: dict[str, torch.Tensor] = {}
+    by_node = {spec.arg.name: spec for spec in signature.input_specs}
+    for node in graph.nodes:
+        if node.op != "placeholder":
+            continue
+        spec = by_node[node.name]
+        kind = spec.kind.name
+        if kind == "PARAMETER":
+            name = _strip(spec.target or "")
+            found[node.name] = Placeholder("parameter", name, parameters[name].requires_grad)
+        elif kind == "BUFFER":
+            found[node.name] = Placeholder("buffer", _strip(spec.target or ""))
+        elif kind == "CONSTANT_TENSOR":
+            found[node.name] = Placeholder("constant", spec.target or node.name)
+            constants[spec.target or node.name] = exported.constants[spec.target or ""]
+        elif kind == "USER_INPUT":
+            found[node.name] = Placeholder("input", next(user_inputs))
+        else:
+            raise CaptureError(f"capture: the graph takes a {kind.lower()} ({spec.target}), which plait cannot run")
+    return found, constants
+
+
+def _path_name(path: Any) -> str:
+    """`inputs.input_ids`, `inputs.0`, `targets`."""
+    head = "inputs" if path[0].idx == 0 else "targets"
+    rest = [str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key)))) for key in path[1:]]
+    return ".".join([head, *rest])
+
+
+def tied_names(module: nn.Module) -> dict[str, str]:
+    """Every further name of a parameter or buffer to the first one; the same storage seen the same way is the same."""
+    first: dict[Any, str] = {}
+    aliases: dict[str, str] = {}
+    named = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+    for name, tensor in named:
+        key: Any = id(tensor)
+        if tensor.numel() and tensor.layout is torch.strided:
+            key = (tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.shape, tensor.stride())
+        if key in first:
+            aliases[name] = first[key]
+        else:
+            first[key] = name
+    return aliases
+
+
+def _merge_tied(module: nn.Module, graph: fx.Graph, placeholders: dict[str, Placeholder]) -> dict[str, str]:
+    """One placeholder per stored tensor, under its first name. Returns the other names."""
+    aliases = tied_names(module)
+    by_name = {spec.name: node for node, spec in placeholders.items() if spec.kind in ("parameter", "buffer")}
+    nodes = {node.name: node for node in graph.nodes if node.op == "placeholder"}
+    for other, first in aliases.items():
+        if other not in by_name or first not in by_name:
+            continue
+        nodes[by_name[other]].replace_all_uses_with(nodes[by_name[first]])
+        graph.erase_node(nodes[by_name[other]])
+        del placeholders[by_name[other]]
+    for node, spec in placeholders.items():
+        if spec.name in aliases:
+            placeholders[node] = Placeholder(spec.kind, aliases[spec.name], spec.trainable)
+    return aliases
+
+
+def _normalise_output(graph: fx.Graph) -> None:
+    output = graph.output_node()
+    values = tuple(v for v in pytree.tree_leaves(output.args[0]) if isinstance(v, fx.Node))
+    output.args = (values,)
+

@@ -1,0 +1,329 @@
+"""Everything that is done to a model under a plan, in order, on one page.
+
+    build        the user's model, large values left out                       capture/build.py
+    trace        forward and loss as one flat graph, cut into segments          capture/trace.py
+    shard        tensor parallelism: local operators and collectives            run/shard/
+    cut          segments to pipeline stages, stages to units                   run/stages.py
+    rewrite      batch norm over all replicas, what autocast must leave alone   run/batchnorm.py, run/precision.py
+    fill         each unit gets its share of the parameters, one by one         here
+    recompute    units that repeat their forward in the backward                run/recompute.py
+    fsdp         units' parameters sharded                                      torch's fully_shard
+    reduce       gradients of replicas and of weights tied over stages          run/reduce.py, run/tied.py
+    optimize     the user's optimizer on what this process holds                run/optimizers.py
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from plait.capture.build import Built
+from plait.capture.program import Program
+from plait.errors import PlanError
+from plait.run.batchnorm import synchronise_batch_norm
+from plait.run.layout import Layout
+from plait.run.precision import leave_to_autocast
+from plait.run.recompute import recompute_unit
+from plait.run.reduce import Reducer
+from plait.run.stages import Border, StageModule, Unit, borders, build_stage, stage_bounds
+from plait.run.tied import TiedWeights
+from plait.run.world import World
+from plait.schema import Graph, Plan
+
+__all__ = ["Applied", "Held", "apply", "check"]
+
+
+@dataclass(frozen=True)
+class Held:
+    """A parameter or buffer as this process holds it."""
+
+    name: str
+    tensor: torch.Tensor
+    """A Parameter, a DTensor parameter under FSDP, or a buffer."""
+    layout: Layout
+    owns: bool
+    """Whether this process, of all that hold the same share, counts it: norms, checkpoints."""
+
+    @property
+    def local(self) -> torch.Tensor:
+        """The share as a plain tensor."""
+        return local_of(self.tensor)
+
+
+@dataclass
+class Applied:
+    """This process's part of the model under the plan."""
+
+    program: Program
+    plan: Plan
+    world: World
+    stages: dict[int, StageModule]
+    edges: list[list[Border]]
+    """What crosses in front of each stage (and after the last)."""
+    parameters: dict[str, Held]
+    buffers: dict[str, Held]
+    reducer: Reducer | None
+    tied: TiedWeights
+    sharded_by_fsdp: bool = False
+    notes: list[str] = field(default_factory=list)
+
+
+def check(plan: Plan, graph: Graph) -> None:
+    """Refuse what this model cannot do under a plan, before anything starts.
+
+    Raises:
+        PlanError: more stages than segments, an axis that plait cannot execute yet.
+    """
+    for axis in ("cp", "ep"):
+        if getattr(plan, axis) > 1:
+            raise PlanError(f"plan: {axis}={getattr(plan, axis)} can be planned but not run yet", hint=f"use {axis}=1")
+    if plan.interleave > 1 and plan.pp == 1:
+        raise PlanError(f"plan: interleave={plan.interleave} needs a pipeline", hint="set pp=2 or more")
+    if plan.stages > len(graph.segments):
+        raise PlanError(
+            f"plan: {plan.stages} pipeline stages, but the model can be cut into {len(graph.segments)} segments only",
+            hint=f"use pp x interleave of at most {len(graph.segments)}",
+        )
+    if plan.cuts and plan.cuts[-1] >= len(graph.segments):
+        raise PlanError(f"plan: cut {plan.cuts[-1]} lies behind the last segment {len(graph.segments) - 1}")
+
+
+def apply(program: Program, built: Built, plan: Plan, world: World) -> Applied:
+    """The model, ready to run under the plan in this process."""
+    assert program.graph is not None
+    check(plan, program.graph)
+    module, layouts = program.module, {}
+    notes: list[str] = []
+    if plan.tp > 1:
+        from plait.run.shard import decide, lower
+
+        decisions = decide(module, program.placeholders, plan.tp)
+        group = world.group("tp")
+        assert group is not None
+        module, layouts = lower(module, decisions, program.placeholders, plan.tp, world.index("tp"), group)
+        layouts = {program.placeholders[node].name: layout for node, layout in layouts.items()}
+    bounds = stage_bounds(program.graph, plan)
+    edges = [borders(module, first) if first else [] for first, _ in bounds] + [[]]
+    mine = range(world.index("pp"), plan.stages, plan.pp)
+    synchronise, precision = synchronise_batch_norm(world.samples), leave_to_autocast(plan)
+
+    def rewrite(node: torch.fx.Node) -> None:
+        synchronise(node)
+        precision(node)
+
+    stages = {
+        index: build_stage(
+            module,
+            program.placeholders,
+            bounds[index],
+            unit_groups(program.graph, bounds[index], plan),
+            is_last=index == plan.stages - 1,
+            rewrite=rewrite,
+        )
+        for index in mine
+    }
+    filler = _Filler(built, layouts, plan, world)
+    for stage in stages.values():
+        filler.fill(stage)
+    holders = _stages_of_names(program, module, bounds, plan)
+    owned = _held(filler, program, holders, world)
+    parameters = {h.name: h for h in owned if isinstance(h.tensor, nn.Parameter)}
+    buffers = {h.name: h for h in owned if not isinstance(h.tensor, nn.Parameter)}
+    reached = {p.name for p in program.placeholders.values() if p.kind == "parameter" and p.trainable and p.reached}
+    replicated = [h.tensor for n, h in parameters.items() if n in reached and not isinstance(h.tensor, DTensor)]
+    reducer = None
+    if world.samples is not None and replicated:
+        reducer = Reducer(_as_parameters(replicated), world.samples, overlap=plan.schedule != "zerobubble")
+    tied = TiedWeights(
+        {n: holders[n] for n in holders if len({s % plan.pp for s in holders[n]}) > 1 and n in reached}, plan, world
+    )
+    return Applied(
+        program=program,
+        plan=plan,
+        world=world,
+        stages=stages,
+        edges=edges,
+        parameters=parameters,
+        buffers=buffers,
+        reducer=reducer,
+        tied=tied,
+        sharded_by_fsdp=plan.fsdp > 1,
+        notes=notes,
+    )
+
+
+def unit_groups(graph: Graph, bounds: tuple[int, int], plan: Plan) -> list[tuple[int, int]]:
+    """A stage's segments as units: one in all, or one a segment where FSDP or recomputation works by segment."""
+    first, end = bounds
+    choices = [plan.recompute_of(i) for i in range(first, end)]
+    if plan.fsdp == 1 and set(choices) == {"none"}:
+        return [bounds]
+    groups: list[tuple[int, int]] = []
+    for i in range(first, end):
+        bare = not graph.segments[i].parameters
+        if groups and bare and plan.recompute_of(i) == plan.recompute_of(groups[-1][0]):
+            groups[-1] = (groups[-1][0], i + 1)
+        else:
+            groups.append((i, i + 1))
+    return groups
+
+
+def local_of(tensor: torch.Tensor) -> torch.Tensor:
+    """A DTensor's local shard, any other tensor itself."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _as_parameters(tensors: list[torch.Tensor]) -> list[nn.Parameter]:
+    return [t for t in tensors if isinstance(t, nn.Parameter)]
+
+
+class _Filler:
+    """Gives units their parameters and buffers: at most one unit's worth is whole at a time."""
+
+    def __init__(self, built: Built, layouts: dict[str, Layout], plan: Plan, world: World) -> None:
+        self._built = built
+        self._layouts = layouts
+        self._plan = plan
+        self._world = world
+        self.tensors: dict[str, torch.Tensor] = {}
+        self.layouts: dict[str, Layout] = {}
+        self._named_buffers = set(dict(built.module.named_buffers(remove_duplicate=False)))
+
+    def fill(self, stage: StageModule) -> None:
+        """Fill a stage, apply recomputation and FSDP to its units."""
+        units: list[Unit] = [stage.prelude, *stage.units]  # type: ignore[list-item]
+        if self._plan.fsdp == 1:
+            for unit in units:
+                self._fill_unit(unit)
+        else:
+            self._fill_unit(stage.prelude)
+            for group in _sharing(units[1:]):
+                fresh: dict[str, nn.Parameter] = {}
+                for unit in group:
+                    self._fill_unit(unit, fresh)
+                self._shard(group)
+        for unit in units[1:]:
+            recompute_unit(unit, self._plan.recompute_of(unit.first_segment))
+        if self._plan.fsdp > 1:
+            self._shard([stage])
+            stage.set_is_last_backward(True)  # type: ignore[attr-defined]
+            for module in stage.modules():
+                if isinstance(module, FSDPModule):
+                    # The loss of each part carries its weight, so shards are summed, not averaged.
+                    module.set_gradient_divide_factor(1.0)
+                    module.set_force_sum_reduction_for_comms(True)
+
+    def _fill_unit(self, unit: Unit, fresh: dict[str, nn.Parameter] | None = None) -> None:
+        for attribute, kind, name in unit.slots:
+            if fresh is not None and name in fresh:
+                tensor: torch.Tensor = fresh[name]
+            elif fresh is None and name in self.tensors:
+                tensor = self.tensors[name]
+            else:
+                tensor = self._value(name, kind)
+            if isinstance(tensor, nn.Parameter):
+                unit.register_parameter(attribute, tensor)
+                if fresh is not None:
+                    if isinstance(self.tensors.get(name), DTensor):
+                        raise PlanError(
+                            f"plan: {name} is shared by two virtual stages of one process, which fsdp cannot shard",
+                            hint="use interleave=1 or fsdp=1",
+                        )
+                    fresh[name] = tensor
+            else:
+                unit.register_buffer(attribute, tensor)
+            self.tensors[name] = tensor
+
+    def _value(self, name: str, kind: str) -> torch.Tensor:
+        whole = self._built.value(name)
+        layout = self._layouts.get(name) or Layout.full(tuple(whole.shape))
+        self.layouts[name] = layout
+        tensor = layout.take(whole).to(self._world.device)
+        if kind == "parameter":
+            return nn.Parameter(tensor, requires_grad=self._built.trains(name))
+        return tensor
+
+    def _shard(self, modules: list[Any]) -> None:
+        assert self._world.mesh is not None
+        mesh = self._world.mesh["dp", "fsdp"] if self._plan.dp > 1 else self._world.mesh["fsdp"]
+        # FSDP shards rows; a parameter without any (a scalar) stays whole and is reduced like a replica's.
+        scalars = {p for m in modules for p in m.parameters() if p.dim() == 0}
+        fully_shard(
+            modules if len(modules) > 1 else modules[0],
+            mesh=mesh,
+            reshard_after_forward=self._plan.zero == 3,
+            ignored_params=scalars or None,
+        )
+        for unit in modules:
+            for attribute, kind, name in getattr(unit, "slots", ()):
+                if kind == "parameter":
+                    self.tensors[name] = getattr(unit, attribute)
+                    self.layouts[name] = _fsdp_layout(self.layouts[name], self.tensors[name])
+
+
+def _sharing(units: list[Unit]) -> list[list[Unit]]:
+    """Units in groups: those that share a parameter must be sharded together."""
+    groups: list[list[Unit]] = []
+    names: list[set[str]] = []
+    for unit in units:
+        own = {name for _, kind, name in unit.slots if kind == "parameter"}
+        hit = [i for i, have in enumerate(names) if have & own]
+        if not hit:
+            groups.append([unit])
+            names.append(own)
+            continue
+        first = hit[0]
+        groups[first].append(unit)
+        names[first] |= own
+        for i in reversed(hit[1:]):
+            groups[first] += groups.pop(i)
+            names[first] |= names.pop(i)
+    return groups
+
+
+def _fsdp_layout(layout: Layout, tensor: torch.Tensor) -> Layout:
+    if not isinstance(tensor, DTensor) or layout.local_shape != tuple(tensor.shape):
+        return layout
+    shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    return layout.rows(offset[0], offset[0] + shape[0])
+
+
+def _stages_of_names(
+    program: Program, module: torch.fx.GraphModule, bounds: list[tuple[int, int]], plan: Plan
+) -> dict[str, list[int]]:
+    """For each parameter and buffer, the stages that use it."""
+    found: dict[str, set[int]] = {}
+    for node in module.graph.nodes:
+        if node.op != "placeholder" or program.placeholders[node.name].kind == "input":
+            continue
+        for user in node.users:
+            segment = user.meta.get("segment", -1)
+            places = [i for i, (low, high) in enumerate(bounds) if low <= segment < high]
+            found.setdefault(program.placeholders[node.name].name, set()).update(places or range(plan.stages))
+    return {name: sorted(places) for name, places in found.items()}
+
+
+def _held(filler: _Filler, program: Program, holders: dict[str, list[int]], world: World) -> Iterator[Held]:
+    for name, tensor in filler.tensors.items():
+        layout = filler.layouts[name]
+        first = world.index("pp") == holders.get(name, [0])[0] % max(1, _pp(world))
+        alone_in_tp = not _same_over_tp(filler, name) or world.index("tp") == 0
+        # Of replicas the first counts; of FSDP shards every one has another part.
+        replica = world.index("dp") == 0 and (isinstance(tensor, DTensor) or world.index("fsdp") == 0)
+        yield Held(name, tensor, layout, first and alone_in_tp and replica)
+
+
+def _pp(world: World) -> int:
+    return 1 if world.mesh is None else int(world.mesh["pp"].size())
+
+
+def _same_over_tp(filler: _Filler, name: str) -> bool:
+    base = filler._layouts.get(name)
+    return base is None or base.is_full

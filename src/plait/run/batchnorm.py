@@ -1,0 +1,105 @@
+"""Batch normalisation over the samples of all replicas.
+
+In training, one device normalises over its whole (micro)batch. Here the batch is spread over dp x fsdp, so mean and
+variance are summed over that group, forward and backward, weighted by each replica's count; running statistics then
+equal one device's. torch's SyncBatchNorm does this for CUDA tensors only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import fx
+
+__all__ = ["nothing_counts", "synchronise_batch_norm"]
+
+_COUNTS: ContextVar[bool] = ContextVar("samples_count", default=True)
+
+
+@contextmanager
+def nothing_counts(active: bool = True) -> Iterator[None]:
+    """Within, this process's samples are stand-ins of an empty share and leave no trace in the statistics."""
+    token = _COUNTS.set(not active)
+    try:
+        yield
+    finally:
+        _COUNTS.reset(token)
+
+
+def synchronise_batch_norm(group: dist.ProcessGroup | None) -> Callable[[fx.Node], None]:
+    """A rewrite of graph nodes: training-mode `aten.batch_norm` over `group` instead of over this process alone."""
+
+    def rewrite(node: fx.Node) -> None:
+        training = 5
+        if group is None or node.target is not torch.ops.aten.batch_norm.default or node.args[training] is not True:
+            return
+        node.target = _BatchNorm(group)
+
+    return rewrite
+
+
+class _BatchNorm:
+    """Callable in place of aten.batch_norm, with a name for the generated code."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self._group = group
+        self.__name__ = self.__qualname__ = "synchronised_batch_norm"
+        self.__module__ = __name__
+
+    def __deepcopy__(self, memo: Any) -> _BatchNorm:
+        return self
+
+    def __call__(
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        running_mean: torch.Tensor | None,
+        running_var: torch.Tensor | None,
+        training: bool,
+        momentum: float,
+        eps: float,
+        cudnn: bool,
+    ) -> torch.Tensor:
+        """x: [N, C, ...]; normalised per channel over every other dim and over the group."""
+        dims = [d for d in range(x.dim()) if d != 1]
+        shape = [1, -1] + [1] * (x.dim() - 2)
+        counts = float(_COUNTS.get())
+        count = x.new_tensor([x.numel() / x.shape[1] * counts])
+        total = _SumOverGroup.apply(torch.cat([x.sum(dims) * counts, count]), self._group)
+        n = total[-1].detach().clamp(min=1.0)
+        mean = total[:-1] / n
+        # A second pass over centred values: one all-reduce more, but no cancellation where the mean is large.
+        centred = x - mean.view(shape)
+        variance = _SumOverGroup.apply((centred * centred).sum(dims) * counts, self._group) / n
+        with torch.no_grad():
+            if running_mean is not None and running_var is not None and float(total[-1]) > 0:
+                running_mean.lerp_(mean.to(running_mean.dtype), momentum)
+                unbiased = variance * (n / (n - 1).clamp(min=1.0))
+                running_var.lerp_(unbiased.to(running_var.dtype), momentum)
+        out = centred * torch.rsqrt(variance + eps).view(shape)
+        if weight is not None:
+            out = out * weight.view(shape)
+        return out if bias is None else out + bias.view(shape)
+
+
+class _SumOverGroup(torch.autograd.Function):
+    """All-reduce whose gradient is an all-reduce: every process uses the sum for its own samples."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+        ctx.group = group
+        x = x.clone()
+        dist.all_reduce(x, group=group)
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+        grad = grads[0].clone()
+        dist.all_reduce(grad, group=ctx.group)
+        return grad, None

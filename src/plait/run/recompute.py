@@ -1,0 +1,79 @@
+"""Activation recomputation by unit: keep nothing (full), or only what matrix multiplies gave (selective)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from plait.run.stages import Unit
+
+__all__ = ["recompute_unit"]
+
+_KEPT = (
+    "mm",
+    "addmm",
+    "bmm",
+    "baddbmm",
+    "convolution",
+    "_grouped_mm",
+    "_scaled_dot_product_flash_attention",
+    "_scaled_dot_product_flash_attention_for_cpu",
+    "_scaled_dot_product_efficient_attention",
+    "_scaled_dot_product_cudnn_attention",
+)
+"""Operators whose results selective recomputation keeps: those that cost the most to repeat per byte kept."""
+
+
+def _policy(_context: Any, operator: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
+    packet = getattr(operator, "overloadpacket", None)
+    name = getattr(packet, "__name__", "")
+    return CheckpointPolicy.MUST_SAVE if name in _KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def recompute_unit(unit: Unit, choice: str) -> None:
+    """Make a unit recompute its activations in the backward (`none` changes nothing).
+
+    Random numbers are repeated; buffers are written by the first run only.
+    """
+    if choice == "none":
+        return
+
+    @contextmanager
+    def again() -> Iterator[None]:
+        unit.repeating = True
+        try:
+            yield
+        finally:
+            unit.repeating = False
+
+    def contexts() -> tuple[Any, Any]:
+        if choice == "full":
+            return ExitStack(), again()
+        first, second = create_selective_checkpoint_contexts(_policy)
+        return first, _Both(again(), second)
+
+    def around(call: Any, *values: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return call(*values)
+        return checkpoint(call, *values, use_reentrant=False, context_fn=contexts)
+
+    unit.around = around
+
+
+class _Both:
+    """Two context managers entered as one."""
+
+    def __init__(self, *contexts: Any) -> None:
+        self._contexts = contexts
+        self._stack = ExitStack()
+
+    def __enter__(self) -> None:
+        for context in self._contexts:
+            self._stack.enter_context(context)
+
+    def __exit__(self, *problem: Any) -> None:
+        self._stack.close()
