@@ -8,7 +8,6 @@ hold; a target that names these keys gets what it asks for.
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
