@@ -6,6 +6,7 @@ bytes. Where a table of measurements gives no model, only its figures, this stan
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,7 +14,7 @@ from plait.errors import TableError
 from plait.schema.graph import DTYPE_BYTES, Graph, Operator, ParameterSpec, Segment, TensorSpec
 from plait.schema.records import Record
 
-__all__ = ["Architecture", "LatentAttention", "build_graph"]
+__all__ = ["Architecture", "LatentAttention", "build_graph", "count_parameters"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,10 +69,11 @@ class Architecture(Record):
         if self.experts and not 1 <= self.topk <= self.experts:
             raise TableError(f"architecture {self.name}: topk={self.topk} is not within 1 to experts={self.experts}")
 
-    @property
-    def parameters(self) -> int:
-        """Parameters in all."""
-        return build_graph(self, dtype="bfloat16").numel
+
+@functools.lru_cache(maxsize=512)
+def count_parameters(architecture: Architecture) -> int:
+    """Parameters in all, tied ones once."""
+    return build_graph(architecture).numel
 
 
 class _Chain:

@@ -14,6 +14,7 @@ Parameters and their unit:
     traffic        fraction of a matmul's memory traffic that its arithmetic does not hide
     memory         fraction of peak bandwidth that operators with little arithmetic reach
     fusion         bytes moved by them over those of eager PyTorch (a compiler moves fewer)
+    scale          of all these rates together: what a code base loses between kernels
     kernel         s, least time of one kernel on the device
     launch         s, host time to start one operator; the longer of host and device counts
     step           s, host time of a step outside the model
@@ -51,10 +52,15 @@ class Software(Record):
 
     name: str
     source: str
+    generation: str = ""
+    """Whose parameters hold where this software has none of its own."""
     match: tuple[str, ...] = ()
     """Regular expressions on where a table's row comes from."""
     fused_attention: bool = True
-    gated: bool | None = None
+    dropout: bool = False
+    """Of models with plain MLPs (GPT)."""
+    balanced_stages: bool = False
+    """Pipeline stages are cut by cost, output projection included, rather than by equal numbers of layers."""
     weight_bytes: float = 2.0
     """Bytes for each parameter in mixed precision that every replica holds (zero below 3)."""
     gradient_bytes: float = 4.0
@@ -83,6 +89,8 @@ class Calibration(Record):
     families: dict[str, dict[str, float]]
     links: dict[str, dict[str, float]]
     """By a word in the link's name (NVLink, InfiniBand)."""
+    generations: dict[str, dict[str, float]]
+    """By a generation of software (kernels and compilers of one age and kind)."""
     software: tuple[Software, ...]
     provenance: dict[str, str]
     """How the figures were found: script, date, rows."""
@@ -93,6 +101,7 @@ class Calibration(Record):
             **self.defaults,
             **self.categories.get(device.category, {}),
             **self.families.get(device.family, {}),
+            **self.generations.get(software.generation, {}),
             **software.parameters,
             **self.families.get(f"{device.family}+{software.name}", {}),
             **device.efficiency,

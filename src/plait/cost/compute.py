@@ -48,11 +48,13 @@ def rates(device: Device, precision: str, parameters: Mapping[str, float]) -> Ra
         HardwareError: a rate or the memory bandwidth is not known.
     """
     bandwidth = device.need("memory_bandwidth")
+    scale = parameters["scale"]
     if precision in _LOW:
         half = device.peak("bf16") * parameters["matmul"]
         dense = device.peak("fp8") * parameters["matmul_low"] * (parameters["fp4_gain"] if precision == "fp4" else 1.0)
     else:
         half = dense = device.peak(precision) * parameters["matmul"]
+    half, dense, bandwidth = half * scale, dense * scale, bandwidth * scale
     return Rates(
         matmul=dense,
         grouped=dense * parameters["grouped"],

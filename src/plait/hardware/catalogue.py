@@ -128,14 +128,18 @@ def _key(word: str) -> str:
     return re.sub(r"[\s_-]+", "-", word.strip().lower())
 
 
+@functools.cache
+def _words_of_parts() -> dict[str, Accelerator]:
+    return {_key(word): part for part in load_accelerators().values() for word in (part.name, *part.aliases)}
+
+
 def find(name: str) -> Accelerator:
     """The accelerator called `name`: its own name or an alias, letter case and dashes aside.
 
     Raises:
         HardwareError: there is none; the nearest names are in the hint.
     """
-    table = load_accelerators()
-    words = {_key(word): part for part in table.values() for word in (part.name, *part.aliases)}
+    words = _words_of_parts()
     if (part := words.get(_key(name))) is not None:
         return part
     near = difflib.get_close_matches(_key(name), words, n=4, cutoff=0.4)

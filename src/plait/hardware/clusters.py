@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ _NODE_LATENCY = 6e-6  # s, NCCL over NVLink or ICI inside a node; general knowle
 
 @dataclass(frozen=True)
 class _Network:
+    part: str
     level: str
     size: int | None
     bandwidth: float
@@ -36,19 +38,31 @@ class _Network:
 
 def network_of(part: Accelerator, level: str) -> _Network | None:
     """The usual network of `part` at `level` (node: the slot; site: between nodes); None: no source says."""
-    found: dict[str, _Network] = {}
+    found = {network.part: network for network in _networks() if network.level == level}
+    return found.get(part.name) or found.get(part.device.family)
+
+
+@functools.cache
+def _networks() -> tuple[_Network, ...]:
+    found: list[_Network] = []
     columns = ("part", "level", "size", "bandwidth_gbs", "latency_us", "name", "source")
     for where, cells in rows(DATA / "networks.csv", columns):
-        if cells["level"] != level or cells["part"] not in (part.name, part.device.family):
-            continue
         bandwidth, latency = (number(where, cells, c) for c in ("bandwidth_gbs", "latency_us"))
         size = number(where, cells, "size")
         if bandwidth is None or latency is None:
             raise HardwareError(f"{where}: bandwidth_gbs and latency_us are needed")
-        found[cells["part"]] = _Network(
-            level, None if size is None else int(size), bandwidth * GB, latency * 1e-6, cells["name"], cells["source"]
+        found.append(
+            _Network(
+                cells["part"],
+                cells["level"],
+                None if size is None else int(size),
+                bandwidth * GB,
+                latency * 1e-6,
+                cells["name"],
+                cells["source"],
+            )
         )
-    return found.get(part.name) or found.get(part.device.family)
+    return tuple(found)
 
 
 def _links(part: Accelerator, count: int, per_node: int | None, site: _Network | None) -> tuple[Link, ...]:
@@ -142,7 +156,9 @@ def uniform_cluster(
     site = None
     if inter_node is not None:
         usual = network_of(part, "site")
-        site = _Network("site", None, inter_node, usual.latency if usual else 10e-6, "as stated", "as stated")
+        site = _Network(
+            part.name, "site", None, inter_node, usual.latency if usual else 10e-6, "as stated", "as stated"
+        )
     links = _links(part, count, per_node, site)
     offer = cheapest(part.name)
     notes = [f"{part.name}: figures are not verified ({part.device.source})"] if not part.device.verified else []
