@@ -45,7 +45,6 @@ class TargetText:
 
 
 _WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
-_KINDS = {bool: "true or false", int: "a whole number", float: "a number"}
 
 
 def convert(text: str, kind: type | None, where: str) -> Any:
@@ -56,6 +55,7 @@ def convert(text: str, kind: type | None, where: str) -> Any:
     """
     if kind is str:
         return text
+    wrong = "true or false" if kind is bool else "a whole number" if kind is int else "a number"
     try:
         if kind is bool:
             return bool(int(text)) if text in ("0", "1") else _WORDS[text.lower()]
@@ -64,10 +64,10 @@ def convert(text: str, kind: type | None, where: str) -> Any:
         if kind is float:
             return float(text)
     except (ValueError, KeyError):
-        raise TargetError(f"{where}={text} is not {_KINDS[kind]}") from None
+        raise TargetError(f"{where}={text} is not {wrong}") from None
     if kind in (list, tuple):
         items = json.loads(text) if text.startswith("[") else [_literal(item) for item in text.split(",") if item]
-        return kind(items)  # type: ignore[misc]
+        return kind(items)
     return _literal(text)
 
 

@@ -218,7 +218,7 @@ def _changes(config_class: type, default: Any, given: Mapping[str, str], where: 
         *parents, last = path.split(".")
         for depth, parent in enumerate(parents):
             node = getattr(node, parent, None)
-            if not hasattr(node, "to_dict"):
+            if node is None or not hasattr(node, "to_dict"):
                 known = sorted(_sub_configs(default))
                 raise TargetError(
                     f"{where}: the config has no part {'.'.join(parents[: depth + 1])!r}{nearest(parent, known)}",

@@ -128,19 +128,20 @@ def _sharded(mesh: DeviceMesh, device: str) -> str:
     from torch.distributed.tensor import DTensor
 
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 4)).to(device)
+    first = nn.Linear(4, 6)
+    model = nn.Sequential(first, nn.ReLU(), nn.Linear(6, 4)).to(device)
     x = torch.randn(4, 4, device=device)
-    expected = torch.autograd.grad(model(x).square().mean(), model[0].weight)[0]
+    expected = torch.autograd.grad(model(x).square().mean(), first.weight)[0]
     fully_shard(model, mesh=mesh)
     model(x).square().mean().backward()
-    gradient = model[0].weight.grad
+    gradient = first.weight.grad
     assert isinstance(gradient, DTensor)
     _expect(gradient.full_tensor(), expected)
     return "FSDP2: right gradients"
 
 
 def _view_of_sharded(mesh: DeviceMesh, device: str) -> str:
-    from torch.distributed.tensor import Shard, distribute_tensor
+    from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
     x = torch.arange(96.0, device=device).reshape(12, 8)
     sharded = distribute_tensor(x, mesh, [Shard(1)])
@@ -148,6 +149,7 @@ def _view_of_sharded(mesh: DeviceMesh, device: str) -> str:
         viewed = sharded.view(-1, 6)
     except RuntimeError:
         return "refused rather than wrong (pytorch#179502)"
+    assert isinstance(viewed, DTensor)
     _expect(viewed.full_tensor(), x.view(-1, 6))
     return "right values (pytorch#179502)"
 
