@@ -1,0 +1,23 @@
+"""How operators carry placements: one rule for each operator, found by `rule_for`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from plait.run.shard.operation import Rule
+from plait.run.shard.rules import attention, contraction, indexing, loss, norms, pointwise, reductions, views
+from plait.run.shard.rules.table import TABLE
+
+__all__ = ["rule_for"]
+
+_FAMILIES = (attention, contraction, indexing, loss, norms, pointwise, reductions, views)  # importing fills the table
+
+
+def rule_for(target: Any) -> Rule | None:
+    """The rule of an operator; None where it has none, so that its operands must be whole."""
+    found = TABLE.get(target)
+    if found is None and torch.Tag.pointwise in getattr(target, "tags", ()):
+        return pointwise.pointwise
+    return found
