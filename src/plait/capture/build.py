@@ -23,6 +23,15 @@ class Built:
     value: Callable[[str], torch.Tensor]
     """Full value of a parameter or buffer by name: that which one device has from the same seed."""
 
+    def changed(self, change: Callable[[str, torch.Tensor], torch.Tensor]) -> Built:
+        """The same model with other initial values of its parameters: change(name, value)."""
+        parameters = dict(self.module.named_parameters(remove_duplicate=False))
+
+        def value(name: str) -> torch.Tensor:
+            return change(name, self.value(name)) if name in parameters else self.value(name)
+
+        return Built(self.module, value)
+
     def trains(self, name: str) -> bool:
         """Whether a parameter requires a gradient."""
         return self.module.get_parameter(name).requires_grad

@@ -258,7 +258,8 @@ class _Filler:
         fully_shard(
             modules if len(modules) > 1 else modules[0],
             mesh=mesh,
-            reshard_after_forward=self._plan.zero == 3,
+            # A zero-bubble schedule gathers and reduces by stage (torch does); parameters stay whole in between.
+            reshard_after_forward=self._plan.zero == 3 and self._plan.schedule != "zerobubble",
             ignored_params=scalars or None,
         )
         for unit in modules:

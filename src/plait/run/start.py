@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -28,11 +29,18 @@ __all__ = ["Run", "start"]
 
 
 def start(
-    job: Job, plan: Plan | str | Path, *, batch: int | None = None, seed: int = 0, world: World | None = None
+    job: Job,
+    plan: Plan | str | Path,
+    *,
+    batch: int | None = None,
+    seed: int = 0,
+    world: World | None = None,
+    change: Callable[[str, torch.Tensor], torch.Tensor] | None = None,
 ) -> Run:
     """The job under a plan (a Plan, a SPEC text or a file's path), ready to step, in every process of the plan.
 
     `batch` is the usual global batch in samples (the job's sample batch if None); other sizes may follow.
+    `change(name, value)` may alter initial values.
 
     Raises:
         PlanError: the plan fits neither the processes, nor the batch, nor the model.
@@ -42,6 +50,8 @@ def start(
     bound = Plan.load(plan).bound(batch=size)
     world = world or join(bound)
     built = build(job, seed=seed, values=True)
+    if change is not None:
+        built = built.changed(change)
     part = max(1, max(stop - start for row in shares(size, bound.microbatches, bound.replicas) for start, stop in row))
     program = trace(job, module=built.module, batch=part)
     assert program.graph is not None
@@ -81,6 +91,7 @@ class Run:
         self.plan = applied.plan
         self.world = applied.world
         self.steps_done = 0
+        self.captured = True
         self.optimizer = _optimizer(job, named)
         self.scheduler = job.scheduler(self.optimizer) if job.scheduler and self.optimizer else None
         self._schedules: dict[tuple[int, ...], Any] = {}
@@ -126,6 +137,12 @@ class Run:
         if self.scheduler is not None:
             self.scheduler.step()
         self.steps_done += 1
+
+    @property
+    def has_batch_norm(self) -> bool:
+        """Whether the captured model normalises over the batch."""
+        target = torch.ops.aten.batch_norm.default
+        return any(node.target is target and node.args[5] for node in self.applied.program.module.graph.nodes)
 
     # -- the parts of a batch
 
@@ -250,8 +267,9 @@ class Run:
         if limit is None:
             return
         factor = min(1.0, limit / (self.gradient_norm() + 1e-6))
-        if factor < 1.0:
-            torch._foreach_mul_(list(self.gradients().values()), factor)
+        gradients = list(self.gradients().values())
+        if factor < 1.0 and gradients:
+            torch._foreach_mul_(gradients, factor)
 
     # -- the loss that everyone sees
 

@@ -6,6 +6,7 @@ import datetime
 import os
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -80,12 +81,21 @@ def join(plan: Plan) -> World:
                 hint="start with `plait train ... --devices N`, torchrun, or plait.spawn(function, devices=N)",
             )
         backend = dist.get_default_backend_for_device(device.type)
-        dist.init_process_group(backend, timeout=TIMEOUT)
+        dist.init_process_group(backend, timeout=TIMEOUT, **_rendezvous())
     size = dist.get_world_size()
     if size != plan.devices:
         raise PlanError(f"plan: it needs {plan.devices} devices, {size} processes are there")
     mesh = init_device_mesh(device.type, (plan.pp, plan.dp, plan.fsdp, plan.tp), mesh_dim_names=MESH)
     return World(dist.get_rank(), size, device, mesh)
+
+
+def _rendezvous() -> dict[str, Any]:
+    """plait's own processes meet in a file, which needs no free port; torchrun's by its environment."""
+    path = os.environ.get("PLAIT_STORE")
+    if path is None:
+        return {}
+    size = int(os.environ["WORLD_SIZE"])
+    return {"store": dist.FileStore(path, size), "rank": int(os.environ["RANK"]), "world_size": size}
 
 
 def pick_device() -> torch.device:

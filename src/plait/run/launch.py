@@ -1,0 +1,94 @@
+"""From a command's words to processes: what the verbs `train` and `verify` call.
+
+Under torchrun (or any launcher that sets RANK and WORLD_SIZE) this process is one of them; otherwise plait starts
+`--devices` processes itself. The parent imports no torch.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from plait.errors import PlanError
+from plait.run.processes import spawn
+from plait.schema import Plan
+
+__all__ = ["run_verify", "under_launcher"]
+
+
+def under_launcher() -> int | None:
+    """The number of processes that a launcher such as torchrun started; None when there is none."""
+    size = os.environ.get("WORLD_SIZE")
+    return int(size) if size and "RANK" in os.environ else None
+
+
+def bound_plan(plan: str, devices: int | None) -> Plan:
+    """The plan, checked against the devices that are there or were asked for.
+
+    Raises:
+        PlanError: malformed, or the degrees do not multiply to the devices.
+    """
+    loaded = Plan.load(plan)
+    size = under_launcher()
+    if size is not None and devices is not None and size != devices:
+        raise PlanError(f"plan: --devices {devices}, but the launcher started {size} processes")
+    return loaded.bound(devices=size or devices)
+
+
+def in_processes(function: Any, arguments: tuple[Any, ...], devices: int) -> Any:
+    """The first process's result of `function(*arguments)`; None in the others of a launcher."""
+    if under_launcher() is not None:
+        result = function(*arguments)
+        return result if os.environ["RANK"] == "0" else None
+    return spawn(function, devices=devices, args=arguments)[0]
+
+
+def run_verify(
+    *,
+    target: str,
+    devices: int | None,
+    plan: str,
+    steps: int = 3,
+    batch: int | None = None,
+    seed: int = 0,
+    certificate: Path | None = None,
+) -> dict[str, Any] | None:
+    """`plait verify`: the verdict as plain values, with the path of the certificate written."""
+    bound = bound_plan(plan, devices)
+    result = in_processes(_verify_here, (target, bound, steps, batch, seed), bound.devices)
+    if result is None:
+        return None
+    path = certificate or Path("runs") / "certificates" / f"{_slug(target)}-{_slug(bound.spec())}.json"
+    result["certificate"] = str(path)
+    _write_certificate(path, target, bound, result)
+    return dict(result)
+
+
+def _verify_here(target: str, plan: Plan, steps: int, batch: int | None, seed: int) -> dict[str, Any]:
+    from plait.capture.target import load_target
+    from plait.run.verify import verify
+
+    return verify(load_target(target), plan, steps=steps, batch=batch, seed=seed).to_dict()
+
+
+def _slug(text: str) -> str:
+    return "".join(c if c.isalnum() or c in "=-" else "_" for c in text.rsplit("/", 1)[-1])
+
+
+def _write_certificate(path: Path, target: str, plan: Plan, result: dict[str, Any]) -> None:
+    import datetime
+    import json
+    from importlib.metadata import version
+
+    record = {
+        "model": target,
+        "plan": plan.to_dict(),
+        "versions": {name: version(name) for name in ("plait", "torch")},
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        **{k: v for k, v in result.items() if k not in ("plan", "certificate")},
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_suffix(".tmp")
+    aside.write_text(json.dumps(record, indent=1), encoding="utf-8")
+    os.replace(aside, path)
