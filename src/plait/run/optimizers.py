@@ -70,7 +70,7 @@ def check_elementwise(factory: Factory, named_shapes: Mapping[str, Sequence[int]
     """The verdict on the optimizer that `factory` makes of (name, parameter) pairs.
 
     `named_shapes` are the trainable parameters' whole shapes; the factory is called a few times with stand-ins of the
-    same names and numbers of dims. Takes well under a second for a hundred parameters; random generators are left as
+    same names and numbers of dims. Takes about a second for a hundred parameters, four for a thousand; generators are left as
     they were. An optimizer that cannot be tried is "unknown", never "elementwise".
     """
     try:
