@@ -44,10 +44,11 @@ class TargetText:
         return cls(place, arguments)
 
 
+_KINDS = {bool: "true or false", int: "a whole number", float: "a number", list: "a list", tuple: "a list"}
 _WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 
 
-def convert(text: str, kind: type | None, where: str) -> Any:
+def convert(text: str, kind: type[Any] | None, where: str) -> Any:
     """`text` as a `kind`: bool, int, float, str, list or tuple; with None, as whatever JSON value or number it looks like.
 
     Raises:
@@ -55,7 +56,8 @@ def convert(text: str, kind: type | None, where: str) -> Any:
     """
     if kind is str:
         return text
-    wrong = "true or false" if kind is bool else "a whole number" if kind is int else "a number"
+    if kind is None:
+        return _literal(text)
     try:
         if kind is bool:
             return bool(int(text)) if text in ("0", "1") else _WORDS[text.lower()]
@@ -63,12 +65,9 @@ def convert(text: str, kind: type | None, where: str) -> Any:
             return _whole(text)
         if kind is float:
             return float(text)
+        return kind(json.loads(text) if text.startswith("[") else [_literal(item) for item in text.split(",") if item])
     except (ValueError, KeyError):
-        raise TargetError(f"{where}={text} is not {wrong}") from None
-    if kind in (list, tuple):
-        items = json.loads(text) if text.startswith("[") else [_literal(item) for item in text.split(",") if item]
-        return kind(items)
-    return _literal(text)
+        raise TargetError(f"{where}={text} is not {_KINDS[kind]}") from None
 
 
 def _whole(text: str) -> int:
@@ -76,7 +75,7 @@ def _whole(text: str) -> int:
         return int(text)
     except ValueError:
         number = float(text)  # 1e6 is a whole number too
-        if number != int(number):
+        if not number.is_integer():
             raise ValueError(text) from None
         return int(number)
 

@@ -38,12 +38,13 @@ def run(arguments: Sequence[str] | None = None) -> int:
         _say(_usage_text(problem))
         return 2
     except (KeyboardInterrupt, typer.Abort):
-        _say("stopped by Ctrl-C")
-        return 130
+        result = 130
     except BrokenPipeError:
         # The reader of a pipe has seen enough; keep the interpreter from complaining at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    if result == 130:
+        print("stopped by Ctrl-C", file=sys.stderr, flush=True)
     return result if isinstance(result, int) else 0
 
 
