@@ -18,6 +18,7 @@ import torch
 
 from plait.capture.arguments import convert, nearest
 from plait.capture.job import Job
+from plait.capture.pretrained import load_mapped
 from plait.errors import TargetError
 
 __all__ = ["TASKS", "TextNeeds", "TransformersJob", "transformers_job"]
@@ -86,6 +87,7 @@ def transformers_job(name: str, arguments: Mapping[str, str]) -> TransformersJob
         raise TargetError("target hf: transformers is not installed", hint="pip install 'plait[hf]'") from None
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
 
     own = {
         key: convert(arguments[key], kind, f"target hf:{name}: {key}") for key, kind in _OWN.items() if key in arguments
@@ -121,11 +123,13 @@ def _builder(auto: Any, config: Any, folder: Path | None) -> Callable[[], torch.
 
         # A model writes into its config; every build starts from the same one.
         own = copy.deepcopy(config)
-        on_meta = torch.get_default_device().type == "meta"
-        if folder is None or on_meta:
-            model = auto.from_config(own, dtype=torch.float32)
-        else:
-            model = auto.from_pretrained(folder, config=own, dtype=torch.float32, local_files_only=True)
+        model = auto.from_config(own, dtype=torch.float32)
+        on_meta = next(model.parameters()).is_meta
+        if folder is not None and not on_meta and not load_mapped(model, folder):
+            # Other names than the model's own: transformers knows how to convert them, but reads everything.
+            model = auto.from_pretrained(
+                folder, config=copy.deepcopy(config), dtype=torch.float32, local_files_only=True
+            )
         model.train()
         return model  # type: ignore[no-any-return]
 
