@@ -109,7 +109,8 @@ def run_reference(
         rms = rms_now if step == 0 else rms
         for name, gradient in now.items():
             size = max(float(gradient.square().mean().sqrt()), GRADIENT_FLOOR * rms_now)
-            above = gradient.abs() >= UNRESOLVED * size
+            # An exact zero (a row of a table that was not looked up) is no rounding noise.
+            above = (gradient.abs() >= UNRESOLVED * size) | (gradient == 0)
             resolved[name] = above if name not in resolved else resolved[name] & above
         optimizer.step()
         if scheduler is not None:
