@@ -46,19 +46,18 @@ def _text(result: Mapping[str, Any]) -> None:
     ):
         value = result.get(name)
         typer.echo(f"  {title:<58} {value:.2e}" if isinstance(value, float) else f"  {title:<58} {value}")
+    for note in result.get("notes") or []:
+        typer.echo(f"  note: {note}")
     if not result.get("captured", True):
         typer.echo("  the model could not be captured and ran on its own modules")
-    worst = result.get("worst") or []
-    if worst:
-        typer.echo("\n  worst")
-    for entry in worst:
-        typer.echo(f"    {_row(entry)}")
+    typer.echo("")
+    worst = [entry for entry in result.get("worst") or [] if isinstance(entry, Mapping)]
+    for entry in ({key: key.replace("_", " ") for key in worst[0]}, *worst) if worst else ():
+        typer.echo(_row(entry))
     if result.get("certificate"):
         typer.echo(f"\n  certificate: {result['certificate']}")
 
 
-def _row(entry: Any) -> str:
-    if not isinstance(entry, Mapping):
-        return str(entry)
-    parts = [f"{v:.2e}" if isinstance(v, float) else str(v) for v in entry.values()]
-    return f"{parts[0]:<48} {'  '.join(parts[1:])}"
+def _row(entry: Mapping[str, Any]) -> str:
+    name, *figures = (f"{value:.2e}" if isinstance(value, float) else str(value) for value in entry.values())
+    return f"  {name:<48} {' '.join(f'{figure:>16}' for figure in figures)}"
