@@ -72,6 +72,8 @@ class Applied:
     reducer: Reducer | None
     tied: TiedWeights
     sharded_by_fsdp: bool = False
+    split_by_tp: frozenset[str] = frozenset()
+    """Parameters of which each tensor-parallel process holds a part."""
     notes: list[str] = field(default_factory=list)
 
 
@@ -155,6 +157,7 @@ def apply(program: Program, built: Built, plan: Plan, world: World) -> Applied:
         reducer=reducer,
         tied=tied,
         sharded_by_fsdp=plan.fsdp > 1,
+        split_by_tp=frozenset(name for name, layout in layouts.items() if not layout.is_full),
         notes=notes,
     )
 

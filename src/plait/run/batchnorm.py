@@ -1,4 +1,4 @@
-"""Batch normalisation over the samples of all replicas.
+"""Batch normalisation over the samples of all replicas, and by running statistics while evaluating.
 
 In training, one device normalises over its whole (micro)batch. Here the batch is spread over dp x fsdp, so mean and
 variance are summed over that group, forward and backward, weighted by each replica's count; running statistics then
@@ -16,9 +16,20 @@ import torch
 import torch.distributed as dist
 from torch import fx
 
-__all__ = ["nothing_counts", "synchronise_batch_norm"]
+__all__ = ["by_running_statistics", "nothing_counts", "synchronise_batch_norm"]
 
 _COUNTS: ContextVar[bool] = ContextVar("samples_count", default=True)
+_EVALUATING: ContextVar[bool] = ContextVar("evaluating", default=False)
+
+
+@contextmanager
+def by_running_statistics() -> Iterator[None]:
+    """Within, batch norm uses its running statistics, as in eval mode."""
+    token = _EVALUATING.set(True)
+    try:
+        yield
+    finally:
+        _EVALUATING.reset(token)
 
 
 @contextmanager
@@ -32,13 +43,12 @@ def nothing_counts(active: bool = True) -> Iterator[None]:
 
 
 def synchronise_batch_norm(group: dist.ProcessGroup | None) -> Callable[[fx.Node], None]:
-    """A rewrite of graph nodes: training-mode `aten.batch_norm` over `group` instead of over this process alone."""
+    """A rewrite of graph nodes: training-mode `aten.batch_norm` over `group` (None: this process alone)."""
 
     def rewrite(node: fx.Node) -> None:
         training = 5
-        if group is None or node.target is not torch.ops.aten.batch_norm.default or node.args[training] is not True:
-            return
-        node.target = _BatchNorm(group)
+        if node.target is torch.ops.aten.batch_norm.default and node.args[training] is True:
+            node.target = _BatchNorm(group)
 
     return rewrite
 
@@ -46,7 +56,7 @@ def synchronise_batch_norm(group: dist.ProcessGroup | None) -> Callable[[fx.Node
 class _BatchNorm:
     """Callable in place of aten.batch_norm, with a name for the generated code."""
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
+    def __init__(self, group: dist.ProcessGroup | None) -> None:
         self._group = group
         self.__name__ = self.__qualname__ = "synchronised_batch_norm"
         self.__module__ = __name__
@@ -67,6 +77,11 @@ class _BatchNorm:
         cudnn: bool,
     ) -> torch.Tensor:
         """x: [N, C, ...]; normalised per channel over every other dim and over the group."""
+        evaluating = _EVALUATING.get() and running_mean is not None
+        if evaluating or self._group is None:
+            return torch.ops.aten.batch_norm.default(
+                x, weight, bias, running_mean, running_var, not evaluating, momentum, eps, cudnn
+            )
         dims = [d for d in range(x.dim()) if d != 1]
         shape = [1, -1] + [1] * (x.dim() - 2)
         counts = float(_COUNTS.get())

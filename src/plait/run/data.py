@@ -27,7 +27,7 @@ import torch
 from torch.utils.data import Dataset, IterableDataset, default_collate
 
 from plait.errors import RequestError
-from plait.run.layout import split_evenly
+from plait.run.shares import shares
 
 if TYPE_CHECKING:
     from plait.capture.huggingface import TextNeeds
@@ -82,14 +82,22 @@ def _mix(*numbers: int) -> int:
 
 
 class Batches:
-    """Batches of a source, epoch after epoch, for part `index` of `count` of the samples.
+    """Batches of a source, epoch after epoch, for part `index` of `count` of the samples of each microbatch.
 
     `position` (epoch, step) is where the next batch comes from; setting it continues there. Iterating never ends
     unless the source can be read only once; `one_epoch` does.
     """
 
     def __init__(
-        self, source: Any, *, batch: int, seed: int = 0, index: int = 0, count: int = 1, shuffle: bool = True
+        self,
+        source: Any,
+        *,
+        batch: int,
+        seed: int = 0,
+        index: int = 0,
+        count: int = 1,
+        microbatches: int = 1,
+        shuffle: bool = True,
     ) -> None:
         if not 0 <= index < count:
             raise ValueError(f"part {index} of {count} does not exist")
@@ -108,6 +116,7 @@ class Batches:
         self.batch = batch
         self.seed = seed
         self.index, self.count = index, count
+        self.microbatches = microbatches
         self.shuffle = shuffle
         self.position = (0, 0)
 
@@ -152,12 +161,10 @@ class Batches:
             indices = global_indices(
                 self._size, self.batch, seed=self.seed, epoch=epoch, step=step, shuffle=self.shuffle
             )
-            first, last = split_evenly(len(indices), self.count, self.index)
-            # A replica with nothing to do still needs tensors of the right kind: a sample, cut to none below.
-            mine = indices[first:last] or indices[:1]
-            inputs, targets = _pair(_collate([self._sample(i, epoch) for i in mine]))
-            if first == last:
-                inputs, targets = _first(inputs, 0), _first(targets, 0)
+            table = shares(len(indices), min(self.microbatches, len(indices)), self.count)
+            mine = [indices[i] for row in table for i in range(*row[self.index])]
+            # A replica with nothing to do still takes part in every collective: one sample, which counts nothing.
+            inputs, targets = _pair(_collate([self._sample(i, epoch) for i in mine or indices[:1]]))
             yield Batch(inputs, targets, len(indices), is_share=True, epoch=epoch, step=step)
 
     def _sample(self, index: int, epoch: int) -> Any:
@@ -219,16 +226,6 @@ def _no_lists(value: Any) -> Any:
         return tuple(_no_lists(item) for item in value)
     if isinstance(value, dict):
         return {key: _no_lists(item) for key, item in value.items()}
-    return value
-
-
-def _first(value: Any, count: int) -> Any:
-    if isinstance(value, torch.Tensor):
-        return value[:count]
-    if isinstance(value, tuple):
-        return tuple(_first(item, count) for item in value)
-    if isinstance(value, dict):
-        return {key: _first(item, count) for key, item in value.items()}
     return value
 
 

@@ -6,6 +6,7 @@ Under torchrun (or any launcher that sets RANK and WORLD_SIZE) this process is o
 
 from __future__ import annotations
 
+import datetime
 import os
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from plait.errors import PlanError
 from plait.run.processes import spawn
 from plait.schema import Plan
 
-__all__ = ["run_verify", "under_launcher"]
+__all__ = ["run_train", "run_verify", "under_launcher"]
 
 
 def under_launcher() -> int | None:
@@ -65,6 +66,40 @@ def run_verify(
     return dict(result)
 
 
+def run_train(
+    *,
+    target: str,
+    devices: int | None,
+    plan: str = "auto",
+    data: Path | None = None,
+    run_dir: Path | None = None,
+    json: bool = False,
+    **options: Any,
+) -> dict[str, Any] | None:
+    """`plait train`: a summary as plain values, by the first process."""
+    bound = bound_plan(plan, devices)
+    if bound.cp > 1 or bound.ep > 1:
+        raise PlanError("plan: cp and ep can be planned but not run yet", hint="use cp=1,ep=1")
+    folder = run_dir or Path("runs") / f"{_slug(target)}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
+    result = in_processes(_train_here, (target, bound, folder, data, {**options, "quiet": json}), bound.devices)
+    return None if result is None else dict(result)
+
+
+def _train_here(target: str, plan: Plan, folder: Path, data: Path | None, options: dict[str, Any]) -> dict[str, Any]:
+    from plait.capture.target import load_target
+    from plait.run.train import TrainOptions, train
+
+    job = load_target(target)
+    text = getattr(job, "text", None)
+    if text is not None and job.data is None:
+        from plait.run.data import text_samples
+
+        job.data = text_samples(text, data)
+    elif data is not None:
+        raise PlanError(f"train: --data {data} is for hf: targets that read text; this target brings its own data")
+    return train(job, plan, TrainOptions(run_dir=folder, **options))
+
+
 def _verify_here(target: str, plan: Plan, steps: int, batch: int | None, seed: int) -> dict[str, Any]:
     from plait.capture.target import load_target
     from plait.run.verify import verify
@@ -77,7 +112,6 @@ def _slug(text: str) -> str:
 
 
 def _write_certificate(path: Path, target: str, plan: Plan, result: dict[str, Any]) -> None:
-    import datetime
     import json
     from importlib.metadata import version
 

@@ -17,13 +17,15 @@ from plait.capture.build import build
 from plait.capture.job import Job
 from plait.capture.trace import loss_of, trace
 from plait.errors import DivergedError, PlanError
-from plait.run.apply import Applied, apply, check, local_of
+from plait.run.apply import Applied, Held, apply, check, local_of
 from plait.run.batchnorm import nothing_counts
+from plait.run.evaluate import losses_of_parts
+from plait.run.optimizers import check_elementwise, default_optimizer
 from plait.run.pipeline import run_pipeline, schedule_for
 from plait.run.precision import autocast_for
 from plait.run.shares import shares
 from plait.run.world import World, join
-from plait.schema import Plan
+from plait.schema import Graph, Plan
 
 __all__ = ["Run", "start"]
 
@@ -59,7 +61,9 @@ def start(
     applied = apply(program, built, bound, world)
     # Replicas draw different random numbers; processes that share a sample (tp) the same ones.
     torch.manual_seed(seed * 1_000_003 + world.replica * 1009 + world.index("pp") + 1)
-    return Run(job, applied, _named(built.module, applied))
+    run = Run(job, applied, _named(built.module, applied))
+    run.state_names = [name for name in built.module.state_dict() if name not in program.aliases]
+    return run
 
 
 def _named(module: torch.nn.Module, applied: Applied) -> list[tuple[str, torch.nn.Parameter]]:
@@ -73,13 +77,41 @@ def _named(module: torch.nn.Module, applied: Applied) -> list[tuple[str, torch.n
     return held
 
 
-def _optimizer(job: Job, named: list[tuple[str, torch.nn.Parameter]]) -> torch.optim.Optimizer | None:
-    """The user's optimizer over this process's share; None where it holds no parameter."""
-    if not named:
-        return None
-    if job.optimizer is None:
-        return torch.optim.AdamW(named, lr=1e-3)
-    return job.optimizer(named)
+def _optimizer(job: Job, applied: Applied, named: list[tuple[str, torch.nn.Parameter]]) -> torch.optim.Optimizer | None:
+    """The user's optimizer over this process's share; None where it holds no parameter.
+
+    Raises:
+        PlanError: the optimizer looks across what this plan splits; names it and the parameter.
+    """
+    factory = job.optimizer or default_optimizer
+    optimizer = factory(named) if named else None
+    if type(optimizer) in _ELEMENTWISE:
+        return optimizer
+    plan = applied.plan
+    shapes = {p.name: p.shape for p in _graph(applied).parameters if p.trainable}
+    verdict = check_elementwise(factory, shapes)
+    split = [n for n in verdict.whole if plan.fsdp > 1 or (n in applied.split_by_tp)]
+    right = verdict.is_right(parameters_split=bool(split), model_split=plan.pp > 1)
+    if verdict.needs_closure or not right:
+        reason = verdict.sentence or f"{verdict.name} asks for a closure"
+        raise PlanError(
+            f"plan: {plan.spec()} cannot run this optimizer: {reason}",
+            hint="use an element-wise optimizer (SGD, Adam, ...), or a plan of dp only"
+            + ("" if verdict.needs_closure else " (and pp, if it looks at one parameter at a time)"),
+        )
+    return optimizer
+
+
+def _graph(applied: Applied) -> Graph:
+    assert applied.program.graph is not None
+    return applied.program.graph
+
+
+_ELEMENTWISE = {
+    getattr(torch.optim, name)
+    for name in ("SGD", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "Adagrad", "Adadelta", "RMSprop", "Rprop", "ASGD")
+}
+"""torch's own classes whose every step is element by element; anything else is tried (`check_elementwise`)."""
 
 
 class Run:
@@ -92,7 +124,9 @@ class Run:
         self.world = applied.world
         self.steps_done = 0
         self.captured = True
-        self.optimizer = _optimizer(job, named)
+        self.state_names: list[str] = []
+        """Names of the whole model's state, in the user's order, tied ones once."""
+        self.optimizer = _optimizer(job, applied, named)
         self.scheduler = job.scheduler(self.optimizer) if job.scheduler and self.optimizer else None
         self._schedules: dict[tuple[int, ...], Any] = {}
 
@@ -108,19 +142,21 @@ class Run:
         """Release what the run holds beyond Python objects; the process group stays with whoever made it."""
         self._schedules.clear()
 
-    def step(self, inputs: Any, targets: Any) -> float:
+    def step(self, inputs: Any, targets: Any, *, share_of: int | None = None) -> float:
         """Train one global batch, the same in every process; the global mean loss, in every process.
+
+        `share_of`: inputs and targets are only this process's share (see `data.Batches`) of so many samples.
 
         Raises:
             DivergedError: the loss is not finite; names the first parameter that is not. Nothing was stepped.
         """
-        loss = self.forward_backward(inputs, targets)
+        loss = self.forward_backward(inputs, targets, share_of=share_of)
         self.update()
         return loss
 
-    def forward_backward(self, inputs: Any, targets: Any) -> float:
+    def forward_backward(self, inputs: Any, targets: Any, *, share_of: int | None = None) -> float:
         """The global mean loss; gradients are complete and clipped, nothing is stepped yet."""
-        parts, weights = self._parts((inputs, targets))
+        parts, weights = self._parts((inputs, targets), share_of)
         self._begin()
         losses = self._train_parts(parts, weights)
         self._complete_gradients()
@@ -129,6 +165,13 @@ class Run:
             self._raise_diverged(loss)
         self._clip()
         return loss
+
+    def evaluate(self, inputs: Any, targets: Any, *, share_of: int | None = None) -> float:
+        """The global mean loss of a batch in eval mode (dropout off, running statistics); nothing is changed."""
+        parts, weights = self._parts((inputs, targets), share_of)
+        targets_of = [(part[1], weight) for part, weight in zip(parts, weights, strict=True)]
+        sizes = [self._size(part) for part in parts]
+        return self._global_loss(losses_of_parts(self, [self._stage_inputs(p) for p in parts], targets_of, sizes))
 
     def update(self) -> None:
         """Step the optimizer and the learning-rate scheduler."""
@@ -139,6 +182,39 @@ class Run:
         self.steps_done += 1
 
     @property
+    def graph(self) -> Graph:
+        """The captured model's record."""
+        return _graph(self.applied)
+
+    @property
+    def tokens_per_sample(self) -> int:
+        """Positions of a sample that a rate in tokens counts; 1 without a sequence."""
+        return self.graph.tokens_per_sample
+
+    @property
+    def learning_rate(self) -> float | None:
+        """Of the first parameter group that this process holds."""
+        return float(self.optimizer.param_groups[0]["lr"]) if self.optimizer is not None else None
+
+    @property
+    def reached(self) -> set[str]:
+        """Parameters that get gradients."""
+        places = self.applied.program.placeholders.values()
+        return {p.name for p in places if p.kind == "parameter" and p.trainable and p.reached}
+
+    @property
+    def used_names(self) -> set[str]:
+        """Parameters and buffers that the graph takes, on whichever process."""
+        places = self.applied.program.placeholders.values()
+        return {p.name for p in places if p.kind in ("parameter", "buffer")}
+
+    def held(self) -> list[Held]:
+        """Parameters and buffers as this process holds them (constants of the graph are no state)."""
+        names = self.used_names
+        both = [*self.applied.parameters.values(), *self.applied.buffers.values()]
+        return [h for h in both if h.name in names]
+
+    @property
     def has_batch_norm(self) -> bool:
         """Whether the captured model normalises over the batch."""
         target = torch.ops.aten.batch_norm.default
@@ -146,34 +222,31 @@ class Run:
 
     # -- the parts of a batch
 
-    def _parts(self, batch: tuple[Any, Any]) -> tuple[list[tuple[Any, Any]], list[float]]:
+    def _parts(
+        self, batch: tuple[Any, Any], share_of: int | None = None
+    ) -> tuple[list[tuple[Any, Any]], list[float]]:
         """This process's microbatches, and each one's weight in the step's loss (0 for a stand-in)."""
-        size = batches.batch_size(self.job, batch)
+        size = batches.batch_size(self.job, batch) if share_of is None else share_of
         count = min(self.plan.microbatches, size)
         table = shares(size, count, self.plan.replicas)
-        weights = self._weights(batch, table, size)
+        mine = [row[self.world.replica] for row in table]
+        bounds = mine if share_of is None else _from_zero(mine)
+        held = size if share_of is None else batches.batch_size(self.job, batch)
         parts = []
-        for row in table:
-            start, stop = row[self.world.replica]
-            if start == stop:  # an empty share still takes part in every collective, with a weight of zero
-                start, stop = (start, start + 1) if start < size else (size - 1, size)
-            part = batches.split(self.job, batch, (start, stop))
+        for start, stop in bounds:
+            # An empty share still takes part in every collective: a stand-in with a weight of zero.
+            low = min(start, held - 1)
+            part = batches.split(self.job, batch, (low, max(stop, low + 1)))
             parts.append(batches.map_batch(self.job, part, lambda leaf, _: leaf.to(self.world.device)))
-        return parts, [row[self.world.replica] for row in weights]
-
-    def _weights(self, batch: tuple[Any, Any], table: list[list[tuple[int, int]]], size: int) -> list[list[float]]:
         function = self.job.loss_weight
         if function is None:
-            return [[(stop - start) / size for start, stop in row] for row in table]
-        raw = [
-            [
-                0.0 if start == stop else float(function(batches.split(self.job, batch, (start, stop))[1]))
-                for start, stop in row
-            ]
-            for row in table
-        ]
-        total = sum(map(sum, raw))
-        return [[w / total if total else 0.0 for w in row] for row in raw]
+            return parts, [(stop - start) / size for start, stop in mine]
+        own = [0.0 if start == stop else float(function(p[1])) for p, (start, stop) in zip(parts, mine, strict=True)]
+        total = torch.tensor(sum(own), dtype=torch.float64)
+        if self.world.samples is not None:
+            total = total.to(self.world.device)
+            dist.all_reduce(total, group=self.world.samples)
+        return parts, [w / float(total) if total else 0.0 for w in own]
 
     # -- forward and backward
 
@@ -205,7 +278,7 @@ class Run:
             if self.plan.zero == 1:
                 stage.set_requires_gradient_sync(last)  # type: ignore[attr-defined]
         with nothing_counts(target[1] == 0.0):
-            loss = self._loss(stage(**inputs), target)
+            loss = self.loss_of_outputs(stage(**inputs), target)
         with torch.autocast(self.world.device.type, enabled=False):
             loss.backward()  # type: ignore[no-untyped-call]
         return loss.detach()
@@ -218,7 +291,7 @@ class Run:
             group = self.world.group("pp")
             assert group is not None
             self._schedules[key] = schedule_for(
-                self.plan, self.applied.stages, self.applied.edges, sizes, self.world.device, group, self._loss
+                self.plan, self.applied.stages, self.applied.edges, sizes, self.world.device, group, self.loss_of_outputs
             )
         return [loss.detach() for loss in run_pipeline(self._schedules[key], inputs, targets)]
 
@@ -227,7 +300,7 @@ class Run:
         names = [n for n, place in self.applied.program.placeholders.items() if place.kind == "input"]
         return dict(zip(names, leaves, strict=True))
 
-    def _loss(self, outputs: tuple[torch.Tensor, ...], target: tuple[Any, float]) -> torch.Tensor:
+    def loss_of_outputs(self, outputs: tuple[torch.Tensor, ...], target: tuple[Any, float]) -> torch.Tensor:
         targets, weight = target
         if self.applied.program.has_loss:
             return outputs[0] * weight
@@ -301,6 +374,15 @@ class Run:
             f"step {self.steps_done + 1}: the loss is {loss}; first not finite: {first}",
             hint="lower the learning rate, set clip_norm, or look at this batch; the last checkpoint is kept",
         )
+
+
+def _from_zero(bounds: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The same lengths, one after the other from 0: where they lie in this process's own share."""
+    result, begin = [], 0
+    for start, stop in bounds:
+        result.append((begin, begin + stop - start))
+        begin += stop - start
+    return result
 
 
 def refuse_uncaptured(plan: Plan, reason: Exception) -> None:
