@@ -9,10 +9,20 @@ import pytest
 import plait
 
 PUBLIC = [
+    "Cluster",
+    "Estimate",
     "Graph",
     "Job",
-    "Plan",
     "PlaitError",
+    "Plan",
+    "Program",
+    "Run",
+    "estimate",
+    "search",
+    "spawn",
+    "start",
+    "trace",
+    "verify",
 ]
 
 

@@ -7,7 +7,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from plait.capture.job import Job as Job
+    from plait.capture.program import Program as Program
+    from plait.capture.trace import trace as trace
+    from plait.cost.step import estimate as estimate
     from plait.errors import PlaitError as PlaitError
+    from plait.plan.search import search as search
+    from plait.run.processes import spawn as spawn
+    from plait.run.start import Run as Run
+    from plait.run.start import start as start
+    from plait.run.verify import verify as verify
+    from plait.schema import Cluster as Cluster
+    from plait.schema import Estimate as Estimate
     from plait.schema import Graph as Graph
     from plait.schema import Plan as Plan
 
@@ -15,13 +25,38 @@ __version__ = "0.1.0"
 
 # Public name -> the module it lives in. torch is imported only when a name that needs it is used.
 _HOME = {
+    "Cluster": "plait.schema",
+    "Estimate": "plait.schema",
     "Graph": "plait.schema",
     "Job": "plait.capture.job",
-    "Plan": "plait.schema",
     "PlaitError": "plait.errors",
+    "Plan": "plait.schema",
+    "Program": "plait.capture.program",
+    "Run": "plait.run.start",
+    "estimate": "plait.cost.step",
+    "search": "plait.plan.search",
+    "spawn": "plait.run.processes",
+    "start": "plait.run.start",
+    "trace": "plait.capture.trace",
+    "verify": "plait.run.verify",
 }
 
-__all__ = ["Graph", "Job", "PlaitError", "Plan"]
+__all__ = [
+    "Cluster",
+    "Estimate",
+    "Graph",
+    "Job",
+    "PlaitError",
+    "Plan",
+    "Program",
+    "Run",
+    "estimate",
+    "search",
+    "spawn",
+    "start",
+    "trace",
+    "verify",
+]
 
 
 def __getattr__(name: str) -> Any:
