@@ -14,12 +14,13 @@ Known error: a send is a delay and takes no compute; a rank that waits for one d
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from plait.schema.estimate import Span
 
-__all__ = ["Result", "StageTimes", "order", "simulate", "warmup"]
+__all__ = ["Result", "StageTimes", "least_seconds", "order", "simulate", "warmup"]
 
 _STEADY = 3  # rounds of microbatches simulated one by one; the rest repeat the last round
 
@@ -65,7 +66,8 @@ def warmup(schedule: str, rank: int, ranks: int, chunks: int, microbatches: int)
     return min(total, ranks - rank)
 
 
-def order(schedule: str, rank: int, ranks: int, chunks: int, microbatches: int) -> list[tuple[str, int, int]]:
+@functools.lru_cache(maxsize=4096)
+def order(schedule: str, rank: int, ranks: int, chunks: int, microbatches: int) -> tuple[tuple[str, int, int], ...]:
     """A rank's work in order, as (kind, chunk, microbatch); kind forward or backward."""
     total = microbatches * chunks
     group = ranks * chunks
@@ -82,11 +84,30 @@ def order(schedule: str, rank: int, ranks: int, chunks: int, microbatches: int) 
 
     ahead = warmup(schedule, rank, ranks, chunks, microbatches)
     work = [forward(i) for i in range(ahead)]
+    late = min(rank, total)  # ZB-H1: rank r's weight gradients run r microbatches behind and fill its gap at the end
     for index in range(total):
         work.append(backward(index))
+        if schedule == "zerobubble" and index >= late:
+            work.append(("weight", 0, index - late))
         if ahead + index < total:
             work.append(forward(ahead + index))
-    return work
+    if schedule == "zerobubble":
+        work += [("weight", 0, index) for index in range(total - late, total)]
+    return tuple(work)
+
+
+def least_seconds(stages: Sequence[StageTimes], *, ranks: int, microbatches: int, late: float = 1.0) -> float:
+    """Seconds that no order of work can beat.
+
+    A rank cannot start before the first microbatch has passed the stages before its first one, nor end before these have
+    taken the last one back; `late` is the part of a backward that must have happened by then.
+    """
+    before = best = 0.0
+    for rank in range(ranks):
+        own = sum(stage.forward + stage.backward for stage in stages[rank::ranks])
+        best = max(best, microbatches * own + before)
+        before += stages[rank].forward + late * stages[rank].backward
+    return best
 
 
 def simulate(
@@ -113,17 +134,14 @@ def simulate(
     if chunks > 1 and shown % ranks and microbatches % ranks == 0:
         shown = max(ranks, shown // ranks * ranks)
     skipped = microbatches - shown
-    if schedule == "zerobubble":
-        result = _greedy(stages, ranks, shown, delay, keep)
-    else:
-        result = _in_order(schedule, stages, ranks, chunks, shown, delay, keep)
+    result = _in_order(schedule, stages, ranks, chunks, shown, delay, keep)
     if not skipped:
         return result
     work = [
         sum(stages[r + c * ranks].forward + stages[r + c * ranks].backward for c in range(chunks)) for r in range(ranks)
     ]
     if schedule == "zerobubble":
-        longer = _greedy(stages, ranks, shown + ranks, delay, 0)
+        longer = _in_order(schedule, stages, ranks, chunks, shown + ranks, delay, 0)
         period = max(max(work), (longer.end - result.end) / ranks)
     else:
         period = max(work) if chunks > 1 or schedule == "gpipe" else _period(stages, delay)
@@ -163,6 +181,7 @@ def _in_order(schedule: str, stages: Sequence[StageTimes], ranks: int, chunks: i
     spans: list[Span] = []
     waiting = True
     hop = delay if ranks > 1 else 0.0
+    split = schedule == "zerobubble"
     while waiting:
         waiting = moved = False
         for rank in range(ranks):
@@ -171,7 +190,9 @@ def _in_order(schedule: str, stages: Sequence[StageTimes], ranks: int, chunks: i
             while at < len(todo):
                 kind, chunk, microbatch = todo[at]
                 stage = chunk * ranks + rank
-                if kind == "forward":
+                if kind == "weight":
+                    ready, lag = 0.0, 0.0
+                elif kind == "forward":
                     ready = 0.0 if stage == 0 else done_f[stage - 1][microbatch]
                     lag = hop if stage else 0.0
                 else:
@@ -181,8 +202,13 @@ def _in_order(schedule: str, stages: Sequence[StageTimes], ranks: int, chunks: i
                 if ready < 0:
                     break
                 start = max(now, ready + lag)
-                now = start + (stages[stage].forward if kind == "forward" else stages[stage].backward)
-                (done_f if kind == "forward" else done_b)[stage][microbatch] = now
+                if kind == "forward":
+                    now = done_f[stage][microbatch] = start + stages[stage].forward
+                elif kind == "weight":
+                    now = start + stages[stage].weight
+                else:
+                    now = start + stages[stage].backward - (stages[stage].weight if split else 0.0)
+                    done_b[stage][microbatch] = now
                 if at < keep:
                     spans.append(Span(rank=rank, kind=kind, stage=stage, microbatch=microbatch, start=start, end=now))
                 at += 1
@@ -195,68 +221,3 @@ def _in_order(schedule: str, stages: Sequence[StageTimes], ranks: int, chunks: i
         for r in range(ranks)
     ]
     return Result(max(free), tuple(busy), tuple(free), tuple(spans))
-
-
-def _greedy(stages: Sequence[StageTimes], ranks: int, microbatches: int, delay: float, keep: int) -> Result:
-    """ZB-H1: as 1F1B, but weight gradients wait for gaps; no more microbatches in flight than 1F1B has.
-
-    A rank takes a backward that is ready, else a forward it may start, else a waiting weight gradient.
-    """
-    done_f = [[-1.0] * microbatches for _ in range(ranks)]
-    done_b = [[-1.0] * microbatches for _ in range(ranks)]
-    next_f, next_b, next_w = [0] * ranks, [0] * ranks, [0] * ranks
-    free, ends = [0.0] * ranks, [0.0] * ranks
-    shown = [0] * ranks
-    spans: list[Span] = []
-    while min(next_w) < microbatches:
-        best: tuple[float, int, int, str] | None = None
-        for rank in range(ranks):
-            for priority, (kind, ready) in enumerate(_ready(rank, ranks, microbatches, done_f, done_b, next_f, next_b,
-                                                            next_w, delay)):  # fmt: skip
-                if ready < 0:
-                    continue
-                option = (max(free[rank], ready), priority, rank, kind)
-                if best is None or option < best:
-                    best = option
-        assert best is not None, "the schedule waits for itself"
-        start, _, rank, kind = best
-        times = stages[rank]
-        length = {"forward": times.forward, "backward": times.backward - times.weight, "weight": times.weight}[kind]
-        counters = {"forward": next_f, "backward": next_b, "weight": next_w}[kind]
-        index, counters[rank] = counters[rank], counters[rank] + 1
-        end = start + length
-        if kind == "forward":
-            done_f[rank][index] = end
-        elif kind == "backward":
-            done_b[rank][index] = end
-        free[rank] = ends[rank] = end
-        if shown[rank] < keep:
-            shown[rank] += 1
-            spans.append(Span(rank=rank, kind=kind, stage=rank, microbatch=index, start=start, end=end))
-    busy = tuple(microbatches * (s.forward + s.backward) for s in stages)
-    return Result(max(free), busy, tuple(ends), tuple(spans))
-
-
-def _ready(rank: int, ranks: int, microbatches: int, done_f: list[list[float]], done_b: list[list[float]],
-           next_f: list[int], next_b: list[int], next_w: list[int], delay: float) -> list[tuple[str, float]]:  # fmt: skip
-    """(kind, when its input is there) of a rank's next backward, forward and weight gradient; -1: not yet known."""
-    options = []
-    index = next_b[rank]
-    ready = -1.0
-    if index < next_f[rank]:
-        if rank == ranks - 1:
-            ready = done_f[rank][index]
-        elif done_b[rank + 1][index] >= 0:
-            ready = done_b[rank + 1][index] + delay
-    options.append(("backward", ready))
-    index = next_f[rank]
-    ready = -1.0
-    if index < microbatches and index - next_b[rank] < ranks - rank:
-        if rank == 0:
-            ready = 0.0
-        elif done_f[rank - 1][index] >= 0:
-            ready = done_f[rank - 1][index] + delay
-    options.append(("forward", ready))
-    index = next_w[rank]
-    options.append(("weight", done_b[rank][index] if index < next_b[rank] else -1.0))
-    return options

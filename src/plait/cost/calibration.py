@@ -17,6 +17,9 @@ Parameters and their unit:
     scale          of all these rates together: what a code base loses between kernels
     kernel         s, least time of one kernel on the device
     launch         s, host time to start one operator; the longer of host and device counts
+    launch_collective  s, host time to start one collective
+    stall          s, added to each ring step of a tp collective where a pipeline's sends run as well
+    messages       messages for each segment in which gradients and updated weights travel
     step           s, host time of a step outside the model
     tp_overlap, dp_overlap, cp_overlap, ep_overlap, pp_overlap
                    fraction of that communication that runs beside compute
@@ -55,7 +58,7 @@ class Software(Record):
     generation: str = ""
     """Whose parameters hold where this software has none of its own."""
     match: tuple[str, ...] = ()
-    """Regular expressions on where a table's row comes from."""
+    """Regular expressions on a table row's `source | precision | family`."""
     fused_attention: bool = True
     dropout: bool = False
     """Of models with plain MLPs (GPT)."""
@@ -130,11 +133,12 @@ def load_calibration(path: Path = DATA) -> Calibration:
     return Calibration.from_dict(data)
 
 
-def software_for(source: str, category: str, precision: str, calibration: Calibration) -> Software:
+def software_for(source: str, device: Device, precision: str, calibration: Calibration) -> Software:
     """The software generation that a table's row was run with; a general one where the source is not known."""
+    text = f"{source} | {precision} | {device.family}"
     for item in calibration.software:
-        if any(re.search(pattern, source, re.IGNORECASE) for pattern in item.match):
+        if any(re.search(pattern, text, re.IGNORECASE) for pattern in item.match):
             return item
-    if category == "tpu":
+    if device.category == "tpu":
         return calibration.software_named("xla")
     return calibration.software_named("transformer-engine" if precision in ("fp8", "fp4") else "pytorch")

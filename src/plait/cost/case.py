@@ -8,6 +8,7 @@ import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from plait.cost.architecture import Architecture, LatentAttention, count_parameters
 from plait.cost.calibration import Calibration, Software, software_for
@@ -68,7 +69,7 @@ def case_of(row: Row, calibration: Calibration) -> Case:
     except PlaitError as problem:
         raise SkipRow(problem.message) from None
     precision = _precision(row, filled, part.device.peak_flops)
-    software = software_for(row.text("source") or row.id, part.device.category, precision, calibration)
+    software = software_for(row.text("source") or row.id, part.device, precision, calibration)
     architecture = _architecture(row, software, filled)
     plan, batch = _plan(row, architecture, precision, software, filled)
     count = plan.devices
@@ -236,22 +237,23 @@ def _plan(row: Row, a: Architecture, precision: str, software: Software, filled:
             raise SkipRow(f"ep = {ep} is more than dp x tp = {dp * tp}")
         filled.append(f"ep {dp} with experts split by tp as well: as many parts as ep {ep}")
         ep = dp
+    values: dict[str, Any] = {
+        "dp": dp // fsdp,
+        "fsdp": fsdp,
+        "tp": tp,
+        "pp": pp,
+        "cp": cp,
+        "ep": ep,
+        "zero": max(1, zero),
+        "microbatches": microbatches,
+        "schedule": "interleaved" if interleave > 1 else "1f1b",
+        "interleave": interleave,
+        "recompute": recompute,
+        "precision": precision,
+        "cuts": cuts,
+    }
     try:
-        plan = Plan(
-            dp=dp // fsdp,
-            fsdp=fsdp,
-            tp=tp,
-            pp=pp,
-            cp=cp,
-            ep=ep,
-            zero=max(1, zero),
-            microbatches=microbatches,
-            schedule="interleaved" if interleave > 1 else "1f1b",
-            interleave=interleave,
-            recompute=recompute,  # type: ignore[arg-type]
-            precision=precision,
-            cuts=cuts,
-        )  # type: ignore[arg-type]
+        plan = Plan(**values)
     except PlaitError as problem:
         raise SkipRow(problem.message) from None
     return plan, batch

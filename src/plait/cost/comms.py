@@ -85,26 +85,26 @@ def _tree_latency(group: Sequence[Hop]) -> float:
     return total
 
 
-def all_gather(total: float, group: Sequence[Hop]) -> float:
-    """Seconds until every rank holds all shards of `total` bytes; a reduce-scatter takes as long.
+def all_gather(total: float, group: Sequence[Hop], messages: float = 1) -> float:
+    """Seconds until every rank holds all shards of `total` bytes in `messages` parts; a reduce-scatter takes as long.
 
     Source: Thakur, Rabenseifner and Gropp (2005), ring; hierarchical latency as in NCCL (one round in each level).
     """
     if not group or total <= 0:
         return 0.0
     ranks = group[-1].members
-    return (ranks - 1) / ranks * total / _bandwidth(group) + _ring_latency(group)
+    return (ranks - 1) / ranks * total / _bandwidth(group) + messages * _ring_latency(group)
 
 
-def all_reduce(total: float, group: Sequence[Hop]) -> float:
-    """Seconds until every rank holds the sum of all ranks' `total` bytes; the faster of ring and double tree.
+def all_reduce(total: float, group: Sequence[Hop], messages: float = 1) -> float:
+    """Seconds until every rank holds the sum of all ranks' `total` bytes, in `messages` parts; ring or double tree.
 
     Source: ring as twice `all_gather`; double binary tree, Sanders, Speck and Traeff (2009), as in NCCL 2.4 and later.
     """
     if not group or total <= 0:
         return 0.0
-    ring = 2 * all_gather(total, group)
-    tree = 2 * total / _bandwidth(group) + 2 * _tree_latency(group)
+    ring = 2 * all_gather(total, group, messages)
+    tree = 2 * total / _bandwidth(group) + 2 * messages * _tree_latency(group)
     return min(ring, tree)
 
 

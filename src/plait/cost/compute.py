@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from plait.cost.work import Pass, Work
 from plait.schema.cluster import Device
 
-__all__ = ["Rates", "pass_seconds", "rates"]
+__all__ = ["Rates", "host_seconds", "pass_seconds", "rates", "recompute_seconds"]
 
 _LOW = ("fp8", "fp4")
 
@@ -36,13 +36,13 @@ class Rates:
     optimizer_bandwidth: float
     kernel: float
     launch: float
+    launch_collective: float
 
 
 def rates(device: Device, precision: str, parameters: Mapping[str, float]) -> Rates:
     """The rates of `device` at `precision`.
 
-    fp8 and fp4 are for matmuls with weights; attention stays in bf16. Where only the fp8 rate is stated, fp4 has twice it
-    times `fp4_gain` (a fitted figure), as NVIDIA states for every part with both.
+    fp8 and fp4 are for matmuls with weights; attention stays in bf16.
 
     Raises:
         HardwareError: a rate or the memory bandwidth is not known.
@@ -51,7 +51,7 @@ def rates(device: Device, precision: str, parameters: Mapping[str, float]) -> Ra
     scale = parameters["scale"]
     if precision in _LOW:
         half = device.peak("bf16") * parameters["matmul"]
-        dense = device.peak("fp8") * parameters["matmul_low"] * (parameters["fp4_gain"] if precision == "fp4" else 1.0)
+        dense = device.peak(precision) * parameters["matmul_low"]
     else:
         half = dense = device.peak(precision) * parameters["matmul"]
     half, dense, bandwidth = half * scale, dense * scale, bandwidth * scale
@@ -65,12 +65,16 @@ def rates(device: Device, precision: str, parameters: Mapping[str, float]) -> Ra
         optimizer_bandwidth=bandwidth * parameters["optimizer"],
         kernel=parameters["kernel"],
         launch=parameters["launch"],
+        launch_collective=parameters["launch_collective"],
     )
 
 
 def pass_seconds(work: Pass, at: Rates, *, backward: bool = False, low_bytes: float = 0.0) -> float:
-    """Seconds of a forward or backward; `low_bytes` are read and written to convert matmul inputs to fp8."""
-    device = (
+    """Seconds that the device needs for a forward or backward, however late the host starts its operators.
+
+    `low_bytes` are read and written to convert matmul inputs to fp8.
+    """
+    return (
         work.matmul_flops / at.matmul
         + work.grouped_flops / at.grouped
         + work.attention_flops / (at.attention_back if backward else at.attention)
@@ -78,7 +82,11 @@ def pass_seconds(work: Pass, at: Rates, *, backward: bool = False, low_bytes: fl
         + (work.memory_bytes + low_bytes) / at.plain_bandwidth
         + work.operators * at.kernel
     )
-    return max(device, work.operators * at.launch)
+
+
+def host_seconds(work: Pass, at: Rates, collectives: int) -> float:
+    """Seconds that the host needs to start a pass's operators and collectives."""
+    return work.operators * at.launch + collectives * at.launch_collective
 
 
 def recompute_seconds(work: Work, choice: str, at: Rates) -> float:

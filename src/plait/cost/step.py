@@ -14,22 +14,32 @@ from dataclasses import dataclass, field, replace
 from plait.cost.bubble import StageTimes, simulate
 from plait.cost.calibration import Calibration, Software, load_calibration
 from plait.cost.comms import Hop, all_gather, all_reduce, all_to_all, hops, send
-from plait.cost.compute import Rates, pass_seconds, rates, recompute_seconds
+from plait.cost.compute import Rates, host_seconds, pass_seconds, rates, recompute_seconds
 from plait.cost.memory import rank_memory, state_bytes
 from plait.cost.money import joules, usd
 from plait.cost.optimizer import accumulate_seconds, optimizer_seconds
 from plait.cost.overlap import hide
 from plait.cost.partition import balanced_cuts, stage_bounds
-from plait.cost.work import Split, Work, segment_work
+from plait.cost.work import Pass, Split, Work, parameter_specs, segment_work
 from plait.errors import PlanError
 from plait.schema.cluster import Cluster, Device
 from plait.schema.estimate import Breakdown, Estimate, MemoryParts, Span
-from plait.schema.graph import Graph
+from plait.schema.graph import Graph, ParameterSpec
 from plait.schema.plan import Plan
 
-__all__ = ["Cache", "estimate"]
+__all__ = [
+    "USABLE",
+    "Cache",
+    "Model",
+    "SegmentTimes",
+    "default_cuts",
+    "default_software",
+    "estimate",
+    "finish",
+    "place",
+]
 
-_USABLE = 0.94  # of stated memory: drivers, contexts and the allocator hold 6 to 10 % (data/README.md, traps)
+USABLE = 0.94  # of stated memory: drivers, contexts and the allocator hold 6 to 10 % (data/README.md, traps)
 
 
 @dataclass(slots=True)
@@ -37,30 +47,39 @@ class Cache:
     """Work of one graph's segments by (segment class, split); hand the same one to calls on the same graph."""
 
     works: dict[tuple[int, Split], Work] = field(default_factory=dict)
+    specs: dict[str, ParameterSpec] = field(default_factory=dict)
+    tied: dict[str, list[int]] | None = None
 
     def work(self, graph: Graph, index: int, split: Split) -> Work:
         """The work of the class of segment `index`."""
         key = (graph.segments[index].equals, split)
         found = self.works.get(key)
         if found is None:
-            found = self.works[key] = segment_work(graph, graph.segments[key[0]], split)
+            self.specs = self.specs or parameter_specs(graph)
+            found = self.works[key] = segment_work(graph, graph.segments[key[0]], split, self.specs)
         return found
 
 
 @dataclass(frozen=True, slots=True)
-class _SegmentTimes:
-    """Seconds of one segment and microbatch."""
+class SegmentTimes:
+    """Seconds of one segment and microbatch on one device."""
 
     forward: float
     backward: float
     again: float
+    """Forward work done again."""
     exposed: float
     """Of communication, both directions, recomputation's included."""
     exposed_forward: float
     hidden: float
 
+    @property
+    def total(self) -> float:
+        """Seconds that the segment takes of its rank."""
+        return self.forward + self.backward + self.again + self.exposed
 
-class _Model:
+
+class Model:
     """One plan on one cluster: everything that the terms need, looked up once."""
 
     def __init__(self, graph: Graph, cluster: Cluster, plan: Plan, batch: int, software: Software,
@@ -90,17 +109,42 @@ class _Model:
             "expert_fsdp": self.group(max(1, plan.fsdp * plan.cp // plan.ep), plan.tp * plan.ep),
         }
         self.bytes = state_bytes(plan, software)
+        self.seen: dict[tuple[int, str, str], SegmentTimes] = {}
+        self.works: dict[int, Work] = {}
+        nodes = plan.devices / cluster.node_size
+        self.spread = self.parameters[0]["spread"] * math.log2(nodes) if nodes > 1 else 0.0
 
     def group(self, size: int, stride: int) -> tuple[Hop, ...]:
         return hops(self.cluster, size=size, stride=stride, efficiency=self.efficiency, latency=self.latency)
 
     def work(self, index: int) -> Work:
-        return self.cache.work(self.graph, index, self.split)
+        """The work of segment `index` under this plan."""
+        owner = self.graph.segments[index].equals
+        found = self.works.get(owner)
+        if found is None:
+            found = self.works[owner] = self.cache.work(self.graph, index, self.split)
+        return found
 
-    def times(self, index: int, rank: int) -> _SegmentTimes:
-        """Seconds of segment `index` on pipeline rank `rank`."""
+    def times(self, index: int, rank: int, choice: str) -> SegmentTimes:
+        """Seconds of segment `index` on pipeline rank `rank` under a recompute choice."""
+        key = (self.graph.segments[index].equals, self.devices[rank].name, choice)
+        found = self.seen.get(key)
+        if found is None:
+            found = self.seen[key] = self.fresh_times(index, rank, choice)
+        return found
+
+    def hop(self, nbytes: float) -> float:
+        """Seconds between one stage's end and the next one's start."""
+        plan, p = self.plan, self.parameters[0]
+        if plan.pp == 1:
+            return 0.0
+        seconds = send(nbytes, self.cluster, stride=plan.devices // plan.pp, count=plan.pp, efficiency=self.efficiency,
+                       latency=self.latency)  # fmt: skip
+        return (seconds + p["pp_seconds"]) * (1 - p["pp_overlap"])
+
+    def fresh_times(self, index: int, rank: int, choice: str) -> SegmentTimes:
+        """As `times`, computed."""
         work, at, p = self.work(index), self.rates[rank], self.parameters[rank]
-        choice = self.plan.recompute_of(index)
         low = p["low_bytes"] * work.forward.matmul_bytes if self.plan.precision in ("fp8", "fp4") else 0.0
         forward = pass_seconds(work.forward, at, low_bytes=low)
         backward = pass_seconds(work.backward, at, backward=True, low_bytes=2 * low)
@@ -110,7 +154,22 @@ class _Model:
             hidden += hid
             shown_f += shown if is_forward else 0.0
             shown_b += 0.0 if is_forward else shown
-        return _SegmentTimes(forward, backward, again, shown_f + shown_b, shown_f, hidden)
+        # The host starts operators and collectives ahead of the device; where it is the slower, the device waits.
+        sharded = 1 if self.plan.fsdp > 1 and self.plan.zero == 3 else 0
+        first, second = len(work.tp_forward) + sharded, len(work.tp_backward) + 2 * sharded
+        redo = work.forward if choice == "full" else work.again_selective if choice == "selective" else Pass()
+        forward = max(forward, host_seconds(work.forward, at, first) - shown_f)
+        backward = max(backward, host_seconds(work.backward + redo, at, second) - shown_b - again)
+        if self.plan.microbatches > 1 or self.plan.precision != "fp32":
+            # adding this microbatch's gradients to the others'
+            held = work.dense_parameters + work.expert_parameters
+            backward += accumulate_seconds(
+                held if self.plan.zero < 2 else held / self.plan.fsdp,
+                new_bytes=self.bytes.gathered,
+                kept_bytes=self.bytes.gradient,
+                bandwidth=at.optimizer_bandwidth,
+            )
+        return SegmentTimes(forward, backward, again, shown_f + shown_b, shown_f, hidden)
 
     def communication(self, work: Work, forward: float, backward: float, choice: str,
                       p: Mapping[str, float]) -> list[tuple[float, float, bool]]:  # fmt: skip
@@ -130,6 +189,9 @@ class _Model:
             second += all_gather(work.tp_gathered, groups["tp"])
             if self.split.sequence_parallel:  # the gathered input is not kept: gathered again for the weight gradient
                 second += sum(all_gather(x, groups["tp"]) for x in work.tp_backward)
+            if plan.pp > 1:  # ring steps of several communicators hold one another up
+                first += len(work.tp_forward) * (plan.tp - 1) * p["stall"]
+                second += len(work.tp_backward) * (plan.tp - 1) * p["stall"]
             add(first, forward, "tp", is_forward=True)
             add(second + (first if choice == "full" else 0.0), backward, "tp", is_forward=False)
         if plan.ep > 1 and work.ep_bytes:
@@ -211,7 +273,7 @@ def estimate(
         HardwareError: a figure of the cluster that the plan needs is not known.
     """
     calibration = calibration or load_calibration()
-    software = software or calibration.software_named("plait")
+    software = software or default_software(cluster, calibration)
     plan = plan.bound(batch=batch)
     if plan.devices > cluster.devices:
         raise PlanError(
@@ -220,9 +282,16 @@ def estimate(
         )
     if plan.ep > 1 and plan.replicas % plan.ep:
         raise PlanError(f"plan: ep={plan.ep} does not divide dp x fsdp = {plan.replicas}")
-    model = _Model(graph, cluster, plan, batch, software, calibration, cache if cache is not None else Cache())
+    model = Model(graph, cluster, plan, batch, software, calibration, cache if cache is not None else Cache())
     cuts = plan.cuts or default_cuts(graph, plan, model.split, model.cache)
-    return _put_together(model, replace(plan, cuts=cuts) if plan.stages > 1 else plan, timeline)
+    plan = replace(plan, cuts=cuts) if plan.stages > 1 else plan
+    return finish(model, plan, place(model, plan), timeline)
+
+
+def default_software(cluster: Cluster, calibration: Calibration) -> Software:
+    """The software that plans are costed for when none is named: plait's own runtime."""
+    kind = cluster.groups[0].device.category
+    return calibration.software_named("xla" if kind == "tpu" else "plait")
 
 
 def default_cuts(graph: Graph, plan: Plan, split: Split | None = None, cache: Cache | None = None) -> tuple[int, ...]:
@@ -242,71 +311,82 @@ def default_cuts(graph: Graph, plan: Plan, split: Split | None = None, cache: Ca
     return balanced_cuts([weights[s.equals] for s in graph.segments], plan.stages)
 
 
-def _put_together(model: _Model, plan: Plan, keep: int) -> Estimate:
-    graph, cluster, software = model.graph, model.cluster, model.software
+@dataclass(frozen=True, slots=True)
+class _Placed:
+    """A model cut into stages: what each pipeline rank holds."""
+
+    bounds: list[tuple[int, int]]
+    """(first, last + 1) segment of each stage."""
+    dense: list[float]
+    """Parameters by pipeline rank, tied ones once, experts not counted; before fsdp."""
+    expert: list[float]
+    memory: tuple[MemoryParts, ...]
+
+
+def place(model: Model, plan: Plan) -> _Placed:
+    """Stages and memory of `plan`, which states its cuts."""
+    graph = model.graph
     bounds = stage_bounds(plan.cuts, len(graph.segments))
-    seen: dict[tuple[int, int, str], _SegmentTimes] = {}
-    stages: list[StageTimes] = []
-    compute, again, exposed, hidden = ([0.0] * plan.pp for _ in range(4))
     dense, expert = [0.0] * plan.pp, [0.0] * plan.pp
-    tied = _tied(graph)
+    if model.cache.tied is None:
+        model.cache.tied = _tied(graph)
+    tied = model.cache.tied
     for number, (first, last) in enumerate(bounds):
         rank = number % plan.pp
-        forward = backward = weight = 0.0
         for index in range(first, last):
-            key = (graph.segments[index].equals, rank, plan.recompute_of(index))
-            t = seen.get(key)
-            if t is None:
-                t = seen[key] = model.times(index, rank)
-            forward += t.forward + t.exposed_forward
-            backward += t.backward + t.again + (t.exposed - t.exposed_forward)
-            weight += t.backward / 2
-            compute[rank] += t.forward + t.backward
-            again[rank] += t.again
-            exposed[rank] += t.exposed
-            hidden[rank] += t.hidden
             work = model.work(index)
             dense[rank] += work.dense_parameters
             expert[rank] += work.expert_parameters
         dense[rank] -= _counted_twice(tied, graph, bounds, number, plan.pp) / plan.tp
-        # Adding this microbatch's gradients to the others' belongs to its backward.
-        held = sum(model.work(i).dense_parameters + model.work(i).expert_parameters for i in range(first, last))
-        if plan.microbatches > 1 or plan.precision != "fp32":
-            more = accumulate_seconds(
-                held if plan.zero < 2 else held / plan.fsdp,
-                new_bytes=model.bytes.gathered,
-                kept_bytes=model.bytes.gradient,
-                bandwidth=model.rates[rank].optimizer_bandwidth,
-            )
-            backward += more
-            compute[rank] += more
+    return _Placed(bounds, dense, expert, _memory(model, plan, bounds, dense, expert))
+
+
+def stage_times(model: Model, plan: Plan) -> list[StageTimes]:
+    """Seconds of one microbatch on each stage."""
+    stages = []
+    for number, (first, last) in enumerate(stage_bounds(plan.cuts, len(model.graph.segments))):
+        forward = backward = weight = 0.0
+        for index in range(first, last):
+            t = model.times(index, number % plan.pp, plan.recompute_of(index))
+            forward += t.forward + t.exposed_forward
+            backward += t.backward + t.again + (t.exposed - t.exposed_forward)
+            weight += t.backward / 2
         stages.append(StageTimes(forward, backward, weight))
-    p = model.parameters[0]
-    hop = 0.0
-    if plan.pp > 1:
-        largest = max(model.work(last - 1).live_out for _, last in bounds[:-1])
-        stride = plan.devices // plan.pp
-        hop = send(largest, cluster, stride=stride, count=plan.pp, efficiency=model.efficiency, latency=model.latency)
-        hop = (hop + p["pp_seconds"]) * (1 - p["pp_overlap"])
+    return stages
+
+
+def finish(model: Model, plan: Plan, placed: _Placed, keep: int = 0) -> Estimate:
+    """The estimate of a placed model; `keep` spans of each pipeline rank are recorded."""
+    bounds = placed.bounds
+    stages = stage_times(model, plan)
+    compute, again, exposed, hidden = ([0.0] * plan.pp for _ in range(4))
+    for number, (first, last) in enumerate(bounds):
+        rank = number % plan.pp
+        for index in range(first, last):
+            t = model.times(index, rank, plan.recompute_of(index))
+            compute[rank] += t.forward + t.backward
+            again[rank] += t.again
+            exposed[rank] += t.exposed
+            hidden[rank] += t.hidden
+    hop = model.hop(max((model.work(last - 1).live_out for _, last in bounds[:-1]), default=0.0))
     run = simulate(plan.schedule, stages, ranks=plan.pp, microbatches=plan.microbatches, delay=hop, keep=keep)
     end, slow = 0.0, 0
     tails = []
     for rank in range(plan.pp):
-        shown, hid, optimizer = _after_backward(model, plan, rank, dense[rank], expert[rank], stages[rank :: plan.pp])
+        own = stages[rank :: plan.pp]
+        shown, hid, optimizer = _after_backward(model, plan, rank, placed.dense[rank], placed.expert[rank], own)
         tails.append((shown, hid, optimizer))
         if run.last_backward[rank] + shown + optimizer >= end:
             end, slow = run.last_backward[rank] + shown + optimizer, rank
     shown, hid, optimizer = tails[slow]
-    nodes = max(1.0, plan.devices / cluster.node_size)
-    spread = p["spread"] * math.log2(nodes) * end if nodes > 1 else 0.0
-    other = p["step"] + spread
+    other = model.parameters[0]["step"] + model.spread * end
     busy = plan.microbatches * (compute[slow] + again[slow] + exposed[slow])
     bubble = max(0.0, end - shown - optimizer - busy)
-    if cluster.shared_cores is not None and plan.devices > cluster.shared_cores:
+    cores = model.cluster.shared_cores
+    if cores is not None and plan.devices > cores:
         # Processes share cores: all of them together cannot be faster than the cores.
         total = sum(plan.microbatches * (compute[r] + again[r]) + tails[r][2] for r in range(plan.pp))
-        least = total * (plan.devices / plan.pp) / cluster.shared_cores
-        bubble += max(0.0, least - end)
+        bubble += max(0.0, total * (plan.devices / plan.pp) / cores - end)
     breakdown = Breakdown(
         compute=plan.microbatches * compute[slow],
         recompute=plan.microbatches * again[slow],
@@ -316,22 +396,25 @@ def _put_together(model: _Model, plan: Plan, keep: int) -> Estimate:
         optimizer=optimizer,
         other=other,
     )
-    return _estimate(model, plan, breakdown, _memory(model, plan, bounds, dense, expert), run.spans)
+    return _estimate(model, plan, breakdown, placed.memory, run.spans)
 
 
-def _after_backward(model: _Model, plan: Plan, rank: int, dense: float, expert: float,
+def _after_backward(model: Model, plan: Plan, rank: int, dense: float, expert: float,
                     stages: list[StageTimes]) -> tuple[float, float, float]:  # fmt: skip
     """(exposed, hidden, optimizer) seconds of a rank after its last backward."""
     p, per, groups = model.parameters[rank], model.bytes, model.groups
     beside = sum(stage.backward for stage in stages)
     seconds = 0.0
     shard = max(1, plan.fsdp)
+    messages = p["messages"] * len(model.graph.segments) / plan.pp
     if plan.fsdp > 1 and plan.zero < 2:
-        seconds += all_gather(dense * per.wire, groups["fsdp"]) + all_gather(expert * per.wire, groups["expert_fsdp"])
+        seconds += all_gather(dense * per.wire, groups["fsdp"], messages) + all_gather(
+            expert * per.wire, groups["expert_fsdp"]
+        )
     elif plan.fsdp == 1 and plan.cp > 1:
-        seconds += all_reduce(dense * per.wire, groups["fsdp"])
+        seconds += all_reduce(dense * per.wire, groups["fsdp"], messages)
     if plan.dp > 1:
-        seconds += all_reduce(dense / shard * per.wire, groups["dp"])
+        seconds += all_reduce(dense / shard * per.wire, groups["dp"], messages)
         share = shard if plan.ep <= plan.fsdp else max(1, plan.fsdp)
         replicas = plan.dp * plan.fsdp / plan.ep
         if expert and replicas > 1:
@@ -340,7 +423,7 @@ def _after_backward(model: _Model, plan: Plan, rank: int, dense: float, expert: 
     shown, hidden = hidden_part.exposed, hidden_part.hidden
     if plan.fsdp > 1 and plan.zero < 3:
         # updated weights travel back; the next forward can hide them as well as a backward hides gradients
-        back = all_gather(dense * per.gathered, groups["fsdp"]) + all_gather(
+        back = all_gather(dense * per.gathered, groups["fsdp"], messages) + all_gather(
             expert * per.gathered, groups["expert_fsdp"]
         )
         part = hide(back, beside=sum(s.forward for s in stages), fraction=p["dp_overlap"], slowdown=p["slowdown"])
@@ -352,7 +435,7 @@ def _after_backward(model: _Model, plan: Plan, rank: int, dense: float, expert: 
     return shown, hidden, optimizer
 
 
-def _memory(model: _Model, plan: Plan, bounds: list[tuple[int, int]], dense: list[float],
+def _memory(model: Model, plan: Plan, bounds: list[tuple[int, int]], dense: list[float],
             expert: list[float]) -> tuple[MemoryParts, ...]:  # fmt: skip
     count = len(model.graph.segments)
     parts = []
@@ -403,7 +486,7 @@ def _counted_twice(
     return total
 
 
-def _estimate(model: _Model, plan: Plan, breakdown: Breakdown, memory: tuple[MemoryParts, ...],
+def _estimate(model: Model, plan: Plan, breakdown: Breakdown, memory: tuple[MemoryParts, ...],
               spans: tuple[Span, ...]) -> Estimate:  # fmt: skip
     graph, cluster, batch = model.graph, model.cluster, model.batch
     seconds = breakdown.total
@@ -411,7 +494,7 @@ def _estimate(model: _Model, plan: Plan, breakdown: Breakdown, memory: tuple[Mem
     peak = sum(device.peak(plan.precision) for device in model.devices) * plan.devices / plan.pp
     limits = [device.memory_bytes for device in model.devices]
     known = all(limit is not None for limit in limits)
-    fits = known and all(parts.total <= _USABLE * (limit or 0.0) for parts, limit in zip(memory, limits, strict=True))
+    fits = known and all(parts.total <= USABLE * (limit or 0.0) for parts, limit in zip(memory, limits, strict=True))
     notes = list(cluster.notes)
     if not known:
         notes.append("the device's memory is not known: whether the plan fits is not checked")
@@ -424,7 +507,7 @@ def _estimate(model: _Model, plan: Plan, breakdown: Breakdown, memory: tuple[Mem
         mfu=flops / seconds / peak,
         breakdown=breakdown,
         memory=memory,
-        memory_limit=_USABLE * min(limit for limit in limits if limit is not None) if known else None,
+        memory_limit=USABLE * min(limit for limit in limits if limit is not None) if known else None,
         fits=fits if known else True,
         timeline=spans,
         usd_per_step=usd(cluster, plan.devices, seconds),

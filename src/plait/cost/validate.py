@@ -7,7 +7,7 @@ import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from plait.cost.architecture import build_graph
 from plait.cost.calibration import Calibration, load_calibration
@@ -22,7 +22,7 @@ from plait.units import GIB, TERA
 __all__ = ["Predicted", "Validation", "predict_rows", "validate"]
 
 _TIME_ONLY = "time only"
-_CHOICES = ("none", "selective", "full")
+_CHOICES: tuple[Literal["none", "selective", "full"], ...] = ("none", "selective", "full")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

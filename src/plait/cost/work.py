@@ -10,11 +10,12 @@ between them is split too (Korthikanti et al. 2022, arXiv 2205.05198, section 4.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 from plait.schema.graph import DTYPE_BYTES, Graph, Operator, ParameterSpec, Segment, TensorSpec
 
-__all__ = ["MODEL_KINDS", "Pass", "Split", "Work", "captured_bytes", "segment_work"]
+__all__ = ["MODEL_KINDS", "Pass", "Split", "Work", "captured_bytes", "parameter_specs", "segment_work"]
 
 _FLOAT_BYTES = {"fp32": 4, "tf32": 4, "bf16": 2, "fp16": 2, "fp8": 2, "fp4": 2}  # activations; fp8 keeps them in bf16
 _TILE = {"gpu": 128, "tpu": 128, "npu": 128, "cpu": 16}  # rows and columns of one matmul tile; general knowledge
@@ -54,11 +55,15 @@ class Pass:
     """Kernels to launch."""
 
     def __add__(self, other: Pass) -> Pass:
-        return Pass(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
-
-    def scaled(self, factor: float) -> Pass:
-        """All sums times `factor`."""
-        return Pass(*(getattr(self, f.name) * factor for f in fields(self)))
+        return Pass(
+            self.matmul_flops + other.matmul_flops,
+            self.matmul_bytes + other.matmul_bytes,
+            self.grouped_flops + other.grouped_flops,
+            self.attention_flops + other.attention_flops,
+            self.attention_bytes + other.attention_bytes,
+            self.memory_bytes + other.memory_bytes,
+            self.operators + other.operators,
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -122,28 +127,43 @@ class _Sums:
     operators: float = 0.0
 
     def done(self) -> Pass:
-        return Pass(*(getattr(self, f.name) for f in fields(Pass)))
+        return Pass(
+            self.matmul_flops,
+            self.matmul_bytes,
+            self.grouped_flops,
+            self.attention_flops,
+            self.attention_bytes,
+            self.memory_bytes,
+            self.operators,
+        )
 
 
 def _is_expert(op: Operator) -> bool:
     return op.kind == "matmul" and "grouped_mm" in op.target
 
 
-def segment_work(graph: Graph, segment: Segment, split: Split) -> Work:
-    """The sums for `segment` of `graph` on one device under `split`."""
-    return _Pass(graph, segment, split).run()
+def parameter_specs(graph: Graph) -> dict[str, ParameterSpec]:
+    """The graph's parameters by every name they have."""
+    return {name: spec for spec in graph.parameters for name in (spec.name, *spec.aliases)}
+
+
+def segment_work(
+    graph: Graph, segment: Segment, split: Split, specs: Mapping[str, ParameterSpec] | None = None
+) -> Work:
+    """The sums for `segment` of `graph` on one device under `split`; `specs` saves looking the parameters up again."""
+    return _Pass(graph, segment, split, specs if specs is not None else parameter_specs(graph)).run()
 
 
 class _Pass:
     """One walk over a segment's operators in graph order."""
 
-    def __init__(self, graph: Graph, segment: Segment, split: Split) -> None:
+    def __init__(self, graph: Graph, segment: Segment, split: Split, specs: Mapping[str, ParameterSpec]) -> None:
         self.graph, self.segment, self.split = graph, segment, split
         self.captured = captured_bytes(graph)
         self.wide = _FLOAT_BYTES[split.precision]
         self.scale = split.samples / graph.batch / split.cp
         self.tile = _TILE.get(split.category, 128)
-        self.shapes = _parameters_of(graph, segment)
+        self.shapes = specs
         self.whole_share = 1 / split.tp if split.sequence_parallel else 1.0
         self.forward, self.backward, self.again = _Sums(), _Sums(), _Sums()
         self.divided: set[str] = set()
@@ -331,17 +351,6 @@ class _Pass:
                 if op.kind == "attention"
                 else 1.0
             )
-
-
-def _parameters_of(graph: Graph, segment: Segment) -> dict[str, ParameterSpec]:
-    """The parameters that the segment's operators name, by every name."""
-    wanted = {name for op in segment.operators for name in op.parameters} | set(segment.parameters)
-    found = {}
-    for spec in graph.parameters:
-        for name in (spec.name, *spec.aliases):
-            if name in wanted:
-                found[name] = spec
-    return found
 
 
 def _tile_loss(op: Operator, split: Split, scale: float, tile: int, *, is_linear: bool, arrives: bool) -> float:

@@ -1,0 +1,1 @@
+"""Which plans are legal on a model and a cluster, which one is best, and why."""
