@@ -23,7 +23,9 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import fx, nn
 
+from plait.capture.job import Job
 from plait.capture.program import Placeholder
+from plait.capture.trace import trace
 from plait.run.shard import Decisions, decide, lower
 
 HERE = Path(__file__).parent
@@ -78,37 +80,18 @@ def some_loss(outputs: Any) -> torch.Tensor:
 
 
 def capture(
-    model: nn.Module, inputs: dict[str, torch.Tensor], dynamic: bool = True
+    model: nn.Module, inputs: dict[str, torch.Tensor]
 ) -> tuple[fx.GraphModule, dict[str, Placeholder], dict[str, torch.Tensor]]:
     """The flat training-level graph, its placeholders and their values."""
     whole = WithLoss(model)
-    export = torch.export.export
-    shapes = {"inputs": {k: {0: torch.export.Dim.AUTO} if v.dim() else None for k, v in inputs.items()}} if dynamic else None
-    program = export(whole, (), inputs, dynamic_shapes=shapes, strict=False)
-    placeholders: dict[str, Placeholder] = {}
-    values: dict[str, torch.Tensor] = {}
-    state = {**dict(whole.named_parameters(remove_duplicate=False)), **dict(whole.named_buffers(remove_duplicate=False))}
-    first: dict[int, str] = {}
-    for name, value in state.items():
-        first.setdefault(id(value), name)
-    given = iter(inputs.items())
-    for spec in program.graph_signature.input_specs:
-        name, kind = spec.arg.name, spec.kind.name
-        if kind == "PARAMETER":
-            parameter = state[spec.target]
-            placeholders[name] = Placeholder("parameter", first[id(parameter)], parameter.requires_grad)
-            values[name] = parameter
-        elif kind == "BUFFER":
-            placeholders[name] = Placeholder("buffer", first[id(state[spec.target])])
-            values[name] = state[spec.target]
-        elif kind == "CONSTANT_TENSOR":
-            placeholders[name] = Placeholder("constant", spec.target)
-            values[name] = program.constants[spec.target]
-        else:
-            key, value = next(given)
-            placeholders[name] = Placeholder("input", key)
-            values[name] = value
-    return program.graph_module, placeholders, values
+    program = trace(Job(whole, batch=(inputs, None)))
+    state = {**dict(whole.named_parameters()), **dict(whole.named_buffers())}
+    given: dict[str, Any] = {"targets": None, **{f"inputs.{k}": v for k, v in inputs.items()}}
+    values = {}
+    for name, place in program.placeholders.items():
+        source = {"input": given, "constant": program.constants}.get(place.kind, state)
+        values[name] = source[place.name]
+    return program.module, program.placeholders, values
 
 
 def reference(model: nn.Module, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
@@ -168,10 +151,7 @@ def run_case(case: str, rank: int, tp: int, group: dist.ProcessGroup) -> Outcome
     outcome = Outcome(case)
     model, inputs = build(case)
     loss, gradients, buffers = reference(model, inputs)
-    try:
-        module, placeholders, values = capture(model, inputs)
-    except Exception:
-        module, placeholders, values = capture(model, inputs, dynamic=False)
+    module, placeholders, values = capture(model, inputs)
     start = time.perf_counter()
     decisions = decide(module, placeholders, tp)
     outcome.decide_seconds = time.perf_counter() - start

@@ -90,7 +90,10 @@ def huggingface(kind: str) -> Built:
     kind, _, variant = kind.partition("?")
     config_class = type(transformers.AutoConfig.for_model(kind))
     plain = config_class()
-    sizes = {k: v for k, v in _SIZES.items() if hasattr(plain, k)}
+    sizes = {k: v for k, v in _SIZES.items() if hasattr(plain, k) and k not in plain.attribute_map}
+    sizes = {k: v for k, v in sizes.items() if not isinstance(getattr(plain, k), list | tuple)}
+    if kind in _SEQUENCE:
+        sizes["decoder_start_token_id"] = 1
     off = {k: 0.0 for k, v in plain.to_dict().items() if ("drop" in k or "pdrop" in k) and isinstance(v, float)}
     given = {**sizes, **off, **_MORE.get(kind, {})}
     for pair in filter(None, variant.split("&")):

@@ -97,9 +97,7 @@ def decide(module: fx.GraphModule, placeholders: Mapping[str, Placeholder], tp: 
     while improved:
         improved = False
         for group in classes:
-            if group <= choice.banned:
-                continue
-            other = Choice(banned=choice.banned | group, whole=set(choice.whole))
+            other = Choice(banned=choice.banned ^ group, whole=set(choice.whole))
             result = _settle(graph, other)
             if result.tally.cost < best.tally.cost - 1e-9:
                 choice, best, improved = other, result, True

@@ -114,8 +114,8 @@ class Op:
     """The split that a matmul was asked to give its output (its `dim` means nothing)."""
     may_split: bool = False
     """Whether sharding may begin here: a matmul may be split by columns, a table by rows."""
-    summed: bool = False
-    """Whether parts of sums are to be taken as summed up before the operator."""
+    summed: set[fx.Node] = field(default_factory=set)
+    """Parts of sums that are to be taken as summed up before the operator."""
     operands: list[fx.Node] = field(init=False)
     args: dict[str, Any] = field(init=False)
 
@@ -137,7 +137,7 @@ class Op:
             return REPLICATED
         placement = self.placed[node]  # type: ignore[index]
         assert not isinstance(placement, tuple)
-        return REPLICATED if self.summed and placement is PARTIAL else placement
+        return REPLICATED if placement is PARTIAL and node in self.summed else placement
 
     def split_operands(self) -> list[tuple[fx.Node, Sharded]]:
         """The operands that arrive sharded, once each."""

@@ -12,6 +12,7 @@ from plait.run.shard.aliases import functional_form, mutated_values, written_ope
 from plait.run.shard.cost import Tally
 from plait.run.shard.operation import GETITEM, Op, Placements, Refusal, Step, is_tensor, shape_of, tensor_operands
 from plait.run.shard.placement import COPIED, PARTIAL, REPLICATED, Placement, Sharded, sharded
+from plait.run.shard.pull import early_sums, pull, readings, worthwhile_pulls
 from plait.run.shard.rules import rule_for
 from plait.run.shard.sources import weight_of
 from plait.run.shard.work import elements_of, flops_of
@@ -42,6 +43,8 @@ class Pass:
     wishes: dict[fx.Node, list[Sharded]] = field(default_factory=dict)
     """Splits that refusing operators asked of a source."""
     votes: dict[fx.Node, dict[Placement, int]] = field(default_factory=dict)
+    spoiled: set[fx.Node] = field(default_factory=set)
+    """Pulled nodes that could not be as they were wanted, or have another reader now."""
     broken: set[fx.Node] = field(default_factory=set)
     """In-place operators whose operand would have to be converted first."""
     tally: Tally = field(default_factory=Tally)
@@ -56,6 +59,11 @@ class Choice:
     tried: dict[fx.Node, list[Sharded]] = field(default_factory=dict)
     waiting: dict[fx.Node, list[Sharded]] = field(default_factory=dict)
     stored: dict[fx.Node, Sharded] = field(default_factory=dict)
+    pulled: dict[fx.Node, Placement] = field(default_factory=dict)
+    """Nodes that run as their readers want their value, so that a conversion moves above them."""
+    unpulled: set[fx.Node] = field(default_factory=set)
+    summed: set[fx.Node] = field(default_factory=set)
+    """Parts of sums that are summed up at once, because they would be summed piece by piece later."""
     whole: set[fx.Node] = field(default_factory=set)
     """Nodes that must not be split: they share memory with something written in place."""
 
@@ -83,6 +91,18 @@ class Choice:
         if stored != self.stored:
             self.stored = stored
             changed = True
+        for node in result.spoiled:
+            self.pulled.pop(node)
+            self.unpulled.add(node)
+            changed = True
+        if not changed:
+            early = early_sums(graph, result) - self.summed
+            self.summed |= early
+            changed = bool(early)
+        if not changed:
+            fresh = {n: p for n, p in worthwhile_pulls(graph, result).items() if n not in self.unpulled}
+            self.pulled |= fresh
+            changed = bool(fresh)
         return changed
 
 
@@ -164,24 +184,26 @@ class Propagation:
     def _derived(self) -> dict[fx.Node, None]:
         """Values made of parameters and buffers only, in order."""
         derived: dict[fx.Node, None] = {}
+        constant = self._constants()
+        for node in self.nodes:
+            if node.op == "placeholder" and self.placeholders[node.name].kind in ("parameter", "buffer"):
+                derived[node] = None
+            elif node.op == "call_function" and node not in self.mutated and node not in constant:
+                if all(n in derived or n in constant or n.op == "get_attr" for n in node.all_input_nodes):
+                    derived[node] = None
+        return derived
+
+    def _constants(self) -> set[fx.Node]:
+        """Values that depend on nothing that is fed, such as positions."""
         constant: set[fx.Node] = set()
         for node in self.nodes:
-            if node.op == "placeholder":
-                kind = self.placeholders[node.name].kind
-                if kind in ("parameter", "buffer"):
-                    derived[node] = None
-                elif kind == "constant":
-                    constant.add(node)
-            elif node.op == "call_function" and node not in self.mutated:
-                inputs = [n for n in node.all_input_nodes if n.op != "get_attr"]
-                if not inputs:
-                    constant.add(node)
-                elif all(n in derived or n in constant for n in inputs):
-                    if any(n in derived for n in inputs):
-                        derived[node] = None
-                    else:
-                        constant.add(node)
-        return derived
+            if node.op == "placeholder" and self.placeholders[node.name].kind == "constant":
+                constant.add(node)
+            elif node.op == "call_function" and all(n in constant for n in node.all_input_nodes):
+                constant.add(node)
+        # Memory into which something else is written does not stay constant.
+        filled = {number for node, number in self.mutated.items() if node not in constant}
+        return {node for node in constant if self.mutated.get(node) not in filled}
 
     def _gradients(self) -> set[fx.Node]:
         found: set[fx.Node] = set()
@@ -213,6 +235,9 @@ class Propagation:
                 result.placed[node] = REPLICATED
             elif node.op == "output":
                 result.steps[node] = Op(node, self.tp, result.placed).step(REPLICATED)
+        for node in result.choice.pulled:
+            if any(p != result.choice.pulled[node] for p in readings(node, result.steps)):
+                result.spoiled.add(node)
         self._count(result)
         for source, reason in result.reasons.items():
             self.first_reasons.setdefault(source, reason)
@@ -238,9 +263,13 @@ class Propagation:
         )
         enabled = node in self.sources and node not in result.choice.banned
         op.may_split = enabled
+        op.summed = result.choice.summed
         op.pattern = result.choice.patterns.get(node)
+        pulled = self._pulled_step(op, result) if node in result.choice.pulled else None
         if node in result.choice.whole:
             step = op.replicated()
+        elif pulled is not None:
+            step = pulled
         else:
             step = self._ask(op, enabled, result)
         result.steps[node], result.placed[node] = step, step.outputs
@@ -263,13 +292,23 @@ class Propagation:
             if position is not None and (step.inputs[position] != result.placed[written] or step.target is not None):
                 result.broken.add(node)
 
+    def _pulled_step(self, op: Op, result: Pass) -> Step | None:
+        wanted = result.choice.pulled[op.node]
+        step = pull(op, wanted, self.gradients)
+        # A copy of what has become sharded, or a sum, is another operator than the one that was to be pulled.
+        changed = wanted is COPIED and any(op.at(n) not in (REPLICATED, COPIED) for n in op.operands)
+        if step is None or changed:
+            result.spoiled.add(op.node)
+            return None
+        return step
+
     def _ask(self, op: Op, enabled: bool, result: Pass) -> Step:
         if not enabled and not op.split_operands() and not op.has_partial():
             return op.replicated()
         rule = rule_for(op.node.target)
         answer = rule(op) if rule else Refusal(f"{op.node.target} has no rule")
         if isinstance(answer, Refusal) and op.has_partial() and rule:
-            op.summed = True
+            op.summed = set(op.operands)
             answer = rule(op) if op.split_operands() or enabled else op.replicated()
         if isinstance(answer, Step):
             return answer
@@ -407,8 +446,8 @@ class Propagation:
             for operand, required in zip(tensor_operands(node), step.inputs, strict=True):
                 actual = result.placed[operand]
                 if actual != required and (operand, required) not in done and not isinstance(actual, tuple):
-                    done.add((operand, required))
                     self._convert(tally, operand, actual, required, (operand, REPLICATED) in done)
+                    done.add((operand, required))
                     if actual is PARTIAL or isinstance(actual, Sharded):
                         done.add((operand, REPLICATED))
 

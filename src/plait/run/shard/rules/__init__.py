@@ -7,17 +7,19 @@ from typing import Any
 import torch
 
 from plait.run.shard.operation import Rule
-from plait.run.shard.rules import attention, contraction, indexing, loss, norms, pointwise, reductions, views
+from plait.run.shard.rules import attention, contraction, convolution, indexing, loss, norms, pointwise, reductions, views
 from plait.run.shard.rules.table import TABLE
 
 __all__ = ["rule_for"]
 
-_FAMILIES = (attention, contraction, indexing, loss, norms, pointwise, reductions, views)  # importing fills the table
+_FAMILIES = (attention, contraction, convolution, indexing, loss, norms, pointwise, reductions, views)  # importing fills the table
 
 
 def rule_for(target: Any) -> Rule | None:
     """The rule of an operator; None where it has none, so that its operands must be whole."""
     found = TABLE.get(target)
+    if found is None and contraction.is_product(target):
+        return contraction.product
     if found is None and torch.Tag.pointwise in getattr(target, "tags", ()):
         return pointwise.pointwise
     return found

@@ -88,8 +88,8 @@ def _einsum(op: Op) -> Letters | None:
 
 
 def _grouped_mm(op: Op) -> Letters | None:
-    left, right, offsets, bias = (op[name] for name in ("self", "mat2", "offs", "bias"))
-    if bias is not None or offsets is None:
+    left, right, offsets = list(op.args.values())[:3]
+    if op.args.get("bias") is not None or offsets is None:
         return None
     a, b = len(shape_of(left)), len(shape_of(right))
     # rows x are grouped by expert e: [x, y] @ [e, y, z] -> [x, z]
@@ -116,12 +116,13 @@ _READERS = {
     "baddbmm": _addmm,
     "einsum": _einsum,
     "_grouped_mm": _grouped_mm,
+    "grouped_mm_fallback": _grouped_mm,  # transformers' own operator, where the device has no grouped product
     "bilinear": _bilinear,
 }
 
 
 def _name(target: Any) -> str:
-    return getattr(getattr(target, "overloadpacket", None), "__name__", "")
+    return str(getattr(getattr(target, "overloadpacket", None), "__name__", ""))
 
 
 def letters_of(op: Op) -> Letters | None:
@@ -130,9 +131,14 @@ def letters_of(op: Op) -> Letters | None:
     return reader(op) if reader else None
 
 
+def is_product(target: Any) -> bool:
+    """Whether an operator is one of the matrix products, in whatever library."""
+    return _name(target) in _READERS
+
+
 def is_matmul(node: fx.Node) -> bool:
     """Whether this is one of the matrix products."""
-    return node.op == "call_function" and _name(node.target) in _READERS
+    return node.op == "call_function" and is_product(node.target)
 
 
 def column_letter(op: Op, letters: Letters) -> tuple[str, Sharded] | None:

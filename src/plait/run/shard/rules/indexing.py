@@ -54,6 +54,8 @@ def gather(op: Op) -> Step | Refusal:
     source, index = op["self"], op.args.get("index", op.args.get("indices"))
     placement = op.at(source)
     dim = op["dim"]
+    if placement is PARTIAL:
+        return op.step(PARTIAL, {source: PARTIAL})
     if dim is None or not isinstance(placement, Sharded):
         return Refusal("gather from parts of a sum")
     dim %= len(shape_of(source))
@@ -72,6 +74,8 @@ def index(op: Op) -> Step | Refusal:
     source, indices = op["self"], list(op["indices"])
     placement = op.at(source)
     used = [i for i, each in enumerate(indices) if each is not None]
+    if placement is PARTIAL:
+        return op.step(PARTIAL, {source: PARTIAL})
     if not isinstance(placement, Sharded) or any(isinstance(op.at(n), Sharded) for n in indices if n is not None):
         return Refusal("index by sharded positions")
     if placement.dim in used or used != list(range(used[0], used[-1] + 1)):

@@ -65,6 +65,13 @@ def linear_pointwise(op: Op) -> Step | Refusal:
             return op.step(PARTIAL, {first: PARTIAL})
         if len(op.operands) == 2:
             return op.step(PARTIAL, dict.fromkeys(op.operands, PARTIAL))
+    others = [n for n in op.operands[1:] if n is not first]
+    if target in _SCALED and len(op.operands) == 2 and others and op.node.args[0] is first:
+        second = others[0]
+        if op.at(first) is PARTIAL and not isinstance(op.at(second), Sharded) and op.at(second) is not PARTIAL:
+            return op.step(PARTIAL, {first: PARTIAL, second: COPIED})
+        if target is aten.mul.Tensor and op.at(second) is PARTIAL and not isinstance(op.at(first), Sharded):
+            return op.step(PARTIAL, {first: COPIED, second: PARTIAL})
     if target in _SCALED and len(op.operands) == 1 and op.at(first) is PARTIAL and is_number(op.args["other"]):
         return op.step(PARTIAL, {first: PARTIAL})
     return Refusal("not linear")

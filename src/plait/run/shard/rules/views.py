@@ -208,7 +208,7 @@ def slice_(op: Op) -> Step | Refusal:
     if not isinstance(start, int) or not isinstance(stop, int) or step != 1:
         return Refusal("a slice with steps or open ends", source)
     if (start, stop) == (0, size):
-        return op.step(placement, {source: placement}, target=aten.alias.default, patch=lambda where: _only_self(op))
+        return op.step(placement, {source: placement}, target=aten.alias.default)
     piece = cut(placement, size, start, stop, op.tp)
     if piece is None:
         return Refusal("a slice cuts a block", source, wish_edges(placement, size, [start, stop], op.tp))
@@ -217,13 +217,9 @@ def slice_(op: Op) -> Step | Refusal:
         before = cut(placement, size, 0, start, op.tp) if start else None
         begin = start // before.period * before.local_period(where.tp, where.rank) if before else 0
         length = (stop - start) // piece.period * piece.local_period(where.tp, where.rank)
-        return {"self": op.node.args[0], "dim": dim, "start": begin, "length": length}
+        return {"dim": dim, "start": begin, "length": length}
 
     return op.step(piece, {source: placement}, target=aten.narrow.default, patch=local)
-
-
-def _only_self(op: Op) -> dict[str, Any]:
-    return {"self": op.node.args[0]}
 
 
 @rule("select.int", "unbind.int")
