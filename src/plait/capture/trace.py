@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import io
+import logging
 import signal
+import sys
 import threading
 import time
 import traceback
@@ -28,7 +32,7 @@ from plait.capture.segments import mark_segments
 from plait.capture.work import build_graph
 from plait.errors import CaptureError, TargetError
 
-__all__ = ["loss_of", "trace"]
+__all__ = ["call_model", "loss_of", "path_name", "tied_names", "trace"]
 
 _DROPPED = {
     "aten._assert_tensor_metadata.default",
@@ -62,8 +66,8 @@ def trace(
         module = build(job, seed=0, values=False).module
     sample = batches.resized(job, size)
     with _announced(say, time_limit):
-        exported, has_loss, dynamic = _export_any(job, module, sample, size, time_limit)
-    program = _clean(job, module, exported, has_loss=has_loss, dynamic=dynamic, size=size)
+        exported, has_loss = _export_any(job, module, sample, size, time_limit)
+    program = _clean(job, module, exported, has_loss=has_loss, size=size)
     measure(program)
     mark_segments(program)
     program.graph = build_graph(program)
@@ -121,7 +125,7 @@ def loss_of(outputs: Any, targets: Any, loss: Callable[[Any, Any], torch.Tensor]
 
 def _export_any(
     job: Job, module: nn.Module, sample: tuple[Any, Any], size: int, time_limit: float
-) -> tuple[torch.export.ExportedProgram, bool, bool]:
+) -> tuple[torch.export.ExportedProgram, bool]:
     """The first that works: with loss and open batch, with loss and fixed batch, outputs only likewise."""
     first: BaseException | None = None
     for with_loss in (True, False) if job.loss is not None else (True,):
@@ -129,7 +133,7 @@ def _export_any(
             try:
                 whole = _Whole(module, job.loss, with_loss)
                 whole.train(module.training)
-                return _export(job, whole, sample, dynamic, time_limit), with_loss, dynamic
+                return _export(job, whole, sample, dynamic, time_limit), with_loss
             except TargetError:
                 raise
             except _OutOfTime:
@@ -155,13 +159,11 @@ def _export(
         ]
         inputs, targets = pytree.tree_unflatten(open_dims, spec)
         shapes = {"inputs": inputs, "targets": targets}
-    with warnings.catch_warnings(), _alarm(time_limit), fixed_python_randomness() as check:
-        warnings.simplefilter("ignore")
+    with _no_noise(), _alarm(time_limit), fixed_python_randomness() as check:
         exported = torch.export.export(whole, sample, dynamic_shapes=shapes, strict=False)
     if check.seen:
         # A scalar random number steered Python. Captured again with it at its other extreme, the graph must be equal.
-        with warnings.catch_warnings(), _alarm(time_limit), fixed_python_randomness(high=True):
-            warnings.simplefilter("ignore")
+        with _no_noise(), _alarm(time_limit), fixed_python_randomness(high=True):
             other = torch.export.export(whole, sample, dynamic_shapes=shapes, strict=False)
         if [n.target for n in other.graph.nodes] != [n.target for n in exported.graph.nodes]:
             raise CaptureError(
@@ -169,6 +171,20 @@ def _export(
                 hint="set the model's layer drop to 0; dropout and drop path inside tensors are fine",
             )
     return exported
+
+
+@contextmanager
+def _no_noise() -> Iterator[None]:
+    """torch.export logs whole graphs when it fails; the one line that matters is in the error."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        sink = io.StringIO()
+        with warnings.catch_warnings(), contextlib.redirect_stdout(sink), contextlib.redirect_stderr(sink):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
 
 
 class _OutOfTime(Exception):
@@ -231,7 +247,7 @@ def _explained(problem: BaseException) -> CaptureError:
 
 
 def _clean(
-    job: Job, module: nn.Module, exported: torch.export.ExportedProgram, *, has_loss: bool, dynamic: bool, size: int
+    job: Job, module: nn.Module, exported: torch.export.ExportedProgram, *, has_loss: bool, size: int
 ) -> Program:
     graph_module = copy.deepcopy(exported.graph_module)
     graph = graph_module.graph
@@ -239,7 +255,8 @@ def _clean(
         if node.op == "call_function" and str(node.target) in _DROPPED:
             graph.erase_node(node)
     inline_regions(graph_module)
-    placeholders, constants = _placeholders(job, module, exported, graph)
+    placeholders, constants = _placeholders(job, module, exported, graph, size)
+    sizes = _accepted_sizes(job, exported, placeholders, graph, size)
     aliases = _merge_tied(module, graph, placeholders)
     _normalise_output(graph)
     graph.eliminate_dead_code(is_impure_node=_is_impure)
@@ -253,7 +270,7 @@ def _clean(
         module=clean,
         placeholders={n.name: placeholders[n.name] for n in clean.graph.nodes if n.op == "placeholder"},
         has_loss=has_loss,
-        dynamic=dynamic,
+        sizes=sizes,
         batch=size,
         aliases=aliases,
         constants=constants,
@@ -271,11 +288,11 @@ def _strip(name: str) -> str:
 
 
 def _placeholders(
-    job: Job, module: nn.Module, exported: torch.export.ExportedProgram, graph: fx.Graph
+    job: Job, module: nn.Module, exported: torch.export.ExportedProgram, graph: fx.Graph, size: int
 ) -> tuple[dict[str, Placeholder], dict[str, torch.Tensor]]:
     signature = exported.graph_signature
     parameters = {n: p for n, p in module.named_parameters(remove_duplicate=False)}
-    inputs = [_path_name(path) for path, _ in pytree.tree_flatten_with_path(job.batch)[0]]
+    inputs = [path_name(path) for path, _ in pytree.tree_flatten_with_path(job.batch)[0]]
     user_inputs = iter(inputs)
     found: dict[str, Placeholder] = {}
     constants: dict[str, torch.Tensor] = {}
@@ -291,8 +308,10 @@ def _placeholders(
         elif kind == "BUFFER":
             found[node.name] = Placeholder("buffer", _strip(spec.target or ""))
         elif kind == "CONSTANT_TENSOR":
-            found[node.name] = Placeholder("constant", spec.target or node.name)
-            constants[spec.target or node.name] = exported.constants[spec.target or ""]
+            # Another capture may have another constant under the same name.
+            name = f"{spec.target} at {size} samples"
+            found[node.name] = Placeholder("constant", name)
+            constants[name] = exported.constants[spec.target or ""].detach()
         elif kind == "USER_INPUT":
             found[node.name] = Placeholder("input", next(user_inputs))
         else:
@@ -300,7 +319,33 @@ def _placeholders(
     return found, constants
 
 
-def _path_name(path: Any) -> str:
+def _accepted_sizes(
+    job: Job,
+    exported: torch.export.ExportedProgram,
+    placeholders: dict[str, Placeholder],
+    graph: fx.Graph,
+    size: int,
+) -> tuple[int, int]:
+    """The least and the most samples the capture holds for: its own size only where export fixed a batch dimension.
+
+    A size of one is special to torch (broadcasting, strides), so that a capture at two or more says nothing of it.
+    """
+    inputs = [n for n in graph.nodes if n.op == "placeholder" and placeholders[n.name].kind == "input"]
+    low, high = 2, sys.maxsize
+    for node, dim in zip(inputs, batches.dims_of(job), strict=True):
+        if dim is None:
+            continue
+        length = node.meta["val"].shape[dim]
+        if not isinstance(length, torch.SymInt) or not length.node.expr.is_Symbol:
+            return size, size
+        allowed = exported.range_constraints.get(length.node.expr)
+        if allowed is not None:
+            low = max(low, int(allowed.lower))
+            high = min(high, int(allowed.upper) if allowed.upper < sys.maxsize else high)
+    return low, high
+
+
+def path_name(path: Any) -> str:
     """`inputs.input_ids`, `inputs.0`, `targets`."""
     head = "inputs" if path[0].idx == 0 else "targets"
     rest = [str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key)))) for key in path[1:]]

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import fx
 
-__all__ = ["by_running_statistics", "nothing_counts", "synchronise_batch_norm"]
+__all__ = ["BatchNorm", "by_running_statistics", "nothing_counts", "synchronise_batch_norm"]
 
 _COUNTS: ContextVar[bool] = ContextVar("samples_count", default=True)
 _EVALUATING: ContextVar[bool] = ContextVar("evaluating", default=False)
@@ -48,12 +48,12 @@ def synchronise_batch_norm(group: dist.ProcessGroup | None) -> Callable[[fx.Node
     def rewrite(node: fx.Node) -> None:
         training = 5
         if node.target is torch.ops.aten.batch_norm.default and node.args[training] is True:
-            node.target = _BatchNorm(group)
+            node.target = BatchNorm(group)
 
     return rewrite
 
 
-class _BatchNorm:
+class BatchNorm:
     """Callable in place of aten.batch_norm, with a name for the generated code."""
 
     def __init__(self, group: dist.ProcessGroup | None) -> None:
@@ -61,7 +61,7 @@ class _BatchNorm:
         self.__name__ = self.__qualname__ = "synchronised_batch_norm"
         self.__module__ = __name__
 
-    def __deepcopy__(self, memo: Any) -> _BatchNorm:
+    def __deepcopy__(self, memo: Any) -> BatchNorm:
         return self
 
     def __call__(

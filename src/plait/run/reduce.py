@@ -36,12 +36,21 @@ class _Bucket:
 class Reducer:
     """Sums the gradients of `parameters` over `group`.
 
-    Every one of them must get a gradient in the backward. `begin(backwards)` before a step: how many backwards will reach each parameter; `finish()` after it.
+    Every one of them gets a gradient in the backward, unless `all_used` is False:
+    then a parameter that no process used in a step ends without one. `begin(backwards)` before a step: how many backwards will reach each parameter; `finish()` after it.
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter], group: dist.ProcessGroup, *, overlap: bool = True) -> None:
+    def __init__(
+        self,
+        parameters: Iterable[nn.Parameter],
+        group: dist.ProcessGroup,
+        *,
+        overlap: bool = True,
+        all_used: bool = True,
+    ) -> None:
         self._group = group
         self._overlap = overlap
+        self._all_used = all_used
         self._buckets = self._fill([p for p in parameters if p.requires_grad])
         self._counts: dict[nn.Parameter, int] = {}
         self._backwards = 1
@@ -104,3 +113,13 @@ class Reducer:
         for bucket in self._buckets:
             assert bucket.work is not None
             bucket.work.wait()
+        if not self._all_used:
+            self._drop_unused()
+
+    def _drop_unused(self) -> None:
+        parameters = [p for bucket in self._buckets for p in bucket.parameters]
+        used = torch.tensor([self._counts.get(p, 0) for p in parameters], device=parameters[0].device)
+        dist.all_reduce(used, group=self._group)
+        for p, count in zip(parameters, used.tolist(), strict=True):
+            if count == 0:
+                p.grad = None

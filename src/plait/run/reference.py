@@ -20,7 +20,10 @@ from plait.run.randomness import reseed_python
 from plait.run.shares import shares
 from plait.schema import Plan
 
-__all__ = ["GRADIENT_FLOOR", "Reference", "batch_of_step", "moved", "run_reference"]
+__all__ = ["GRADIENT_FLOOR", "ROUNDING", "Reference", "batch_of_step", "moved", "run_reference"]
+
+ROUNDING = 10.0
+"""Times one device's own rounding (see `Reference.rounding`) that a gradient may be off whatever its size."""
 
 GRADIENT_FLOOR = 1e-2
 """Share of the global root-mean-square gradient under which a parameter's gradient is judged by absolute error.
@@ -45,6 +48,8 @@ class Reference:
     """After the last step."""
     resolved: dict[str, torch.Tensor]
     """bool masks: elements whose gradient stood above rounding at every step."""
+    rounding: dict[str, float]
+    """Norm of what the first step's gradients differ by when one device takes the same samples in reverse order."""
     gradient_rms: float
     """Root mean square over all elements of all gradients at the first step."""
     cut_into: int
@@ -89,6 +94,7 @@ def run_reference(
     bounds = rows if depends else [(0, samples)]
 
     aliases = tied_names(module)
+    rounding = _rounding(job, module, plan, first, bounds, quiet)
     named = [(n, p) for n, p in module.named_parameters()]
     optimizer = job.optimizer(named) if job.optimizer is not None else torch.optim.AdamW(named, lr=1e-3)
     scheduler = job.scheduler(optimizer) if job.scheduler is not None else None
@@ -116,7 +122,48 @@ def run_reference(
         if scheduler is not None:
             scheduler.step()
     parameters = {aliases.get(n, n): p.detach().clone() for n, p in named}
-    return Reference(losses, gradients, parameters, resolved, rms, len(bounds), part_loss)
+    return Reference(losses, gradients, parameters, resolved, rounding, rms, len(bounds), part_loss)
+
+
+def _rounding(
+    job: Job,
+    module: nn.Module,
+    plan: Plan,
+    batch: tuple[Any, Any],
+    bounds: list[tuple[int, int]],
+    quiet: Callable[[], AbstractContextManager[Any]],
+) -> dict[str, float]:
+    """For each parameter, the norm of the difference between gradients summed in two orders of the samples.
+
+    Exactly, the order does not matter, so this is the rounding of one device alone. Leaves the module as it was.
+    """
+
+    def reverse(leaf: torch.Tensor, dim: int | None) -> torch.Tensor:
+        if dim is None:
+            return leaf
+        # Within each microbatch: across them the model may tell the order (batch norm).
+        order = [i for start, stop in bounds for i in reversed(range(start, stop))]
+        return leaf.index_select(dim, torch.tensor(order))
+
+    named = dict(module.named_parameters())
+    buffers = {n: b.clone() for n, b in module.named_buffers()}
+    found = []
+    for one in (batch, batches.map_batch(job, batch, reverse)):
+        module.zero_grad()
+        _accumulate(job, module, plan, one, bounds, quiet)
+        found.append({n: p.grad.detach() for n, p in named.items() if p.grad is not None})
+        with torch.no_grad():
+            for name, buffer in module.named_buffers():
+                buffer.copy_(buffers[name])
+    module.zero_grad()
+    aliases = tied_names(module)
+    factor = _clip_factor(job, found[0])
+    return {aliases.get(n, n): factor * float((g - found[1][n]).double().norm()) for n, g in found[0].items()}
+
+
+def _clip_factor(job: Job, gradients: dict[str, torch.Tensor]) -> float:
+    norm = sum(float(g.double().square().sum()) for g in gradients.values()) ** 0.5
+    return 1.0 if job.clip_norm is None else min(1.0, job.clip_norm / (norm + 1e-6))
 
 
 def _weights(job: Job, batch: tuple[Any, Any], bounds: list[tuple[int, int]]) -> list[float]:

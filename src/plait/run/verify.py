@@ -13,7 +13,7 @@ from plait.capture import batch as batches
 from plait.capture.build import build
 from plait.capture.job import Job
 from plait.run.randomness import NoRandomness, reseed_python
-from plait.run.reference import GRADIENT_FLOOR, Reference, batch_of_step, moved, reference_module, run_reference
+from plait.run.reference import GRADIENT_FLOOR, ROUNDING, Reference, batch_of_step, moved, reference_module, run_reference
 from plait.run.start import Run, start
 from plait.run.world import World, join
 from plait.schema import Plan
@@ -184,13 +184,14 @@ def _verdict(
     own_parameters: dict[str, _Sum],
 ) -> Verdict:
     floor = GRADIENT_FLOOR * reference.gradient_rms
+    tolerance = TOLERANCE[plan.precision]
     gradients = {
-        n: _relative(s, floor * math.sqrt(s.count)) for n, s in _gathered(own_gradients, run).items()
+        n: _relative(s, max(floor * math.sqrt(s.count), ROUNDING / tolerance * reference.rounding.get(n, 0.0)))
+        for n, s in _gathered(own_gradients, run).items()
     }
     sums = _gathered(own_parameters, run)
     parameters = {n: _relative(s, 0.0) for n, s in sums.items()}
     missing = sorted(set(reference.gradients) - set(gradients))
-    tolerance = TOLERANCE[plan.precision]
     loss_diff = max(abs(a - b) / max(1.0, abs(b)) for a, b in zip(losses, reference.losses, strict=True))
     names = sorted(parameters, key=lambda n: -_key(max(gradients.get(n, 0.0), parameters[n])))
     worst = [{"name": n, "grad_rel_err": gradients.get(n, 0.0), "param_rel_err": parameters[n]} for n in names[:5]]
