@@ -12,12 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
-from plait.capture.huggingface import TextNeeds
+from plait.capture.huggingface import TextNeeds, TransformersJob
+from plait.capture.job import Job
 from plait.errors import RequestError
 from plait.run.data import (
     Batches,
     Windows,
     global_indices,
+    source_of,
     standard_library_text,
     text_of,
     text_samples,
@@ -235,6 +237,21 @@ def test_bytes_need_a_vocabulary_of_256():
         text_samples(needs("causal-lm", vocabulary=100))
 
     assert "vocab_size=256" in caught.value.hint
+
+
+def test_source_of_a_job(tmp_path: Path):
+    """Its own data first, text for a model that reads it, the sample batch where there is nothing else."""
+    batch = (torch.zeros(2, 1), torch.zeros(2))
+    plain = Job(torch.nn.Linear(1, 1), batch=batch, name="mine")
+    text = TransformersJob(torch.nn.Linear(1, 1), batch=batch, text=needs("causal-lm"))
+    (tmp_path / "t.txt").write_text("a" * 100)
+
+    assert source_of(plain) == ([batch], "the job's sample batch over and over, since it has no data")
+    assert source_of(Job(torch.nn.Linear(1, 1), batch=batch, data=[batch]))[1] == "the job's data"
+    assert "standard library" in source_of(text)[1]
+    assert len(source_of(text, tmp_path / "t.txt")[0]) == 12
+    with pytest.raises(RequestError, match="mine reads no text"):
+        source_of(plain, tmp_path / "t.txt")
 
 
 def test_text_of_files_and_folders(tmp_path: Path):
