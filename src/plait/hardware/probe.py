@@ -1,0 +1,296 @@
+"""Measures this computer: matmul by size and dtype, memory bandwidth, small operators, collectives, threads.
+
+Everything is repeated and given with its spread. What cannot be measured raises; it is never written down as zero.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from plait.errors import HardwareError
+from plait.schema.records import Record
+from plait.units import GIB
+
+__all__ = ["Measured", "Probe", "cache_path", "load_probe", "probe_machine", "save_probe"]
+
+_SIZES = (64, 128, 256, 512, 1024, 2048)
+_MESSAGES = (1024, 65536, 1 << 20, 8 << 20)
+_LIMIT = 120.0  # s, for the whole probe
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Measured(Record):
+    """One figure with its spread."""
+
+    name: str
+    value: float
+    unit: str
+    spread: float
+    """(largest - smallest) / median of the repetitions."""
+    repeats: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Probe(Record):
+    """What was measured, by name: `matmul/fp32/1024/threads=1`, `copy/threads=2`, `all_reduce/ranks=2/65536`."""
+
+    host: str
+    processor: str
+    cores: int
+    memory_bytes: float
+    backend: str
+    torch_version: str
+    date: str
+    seconds: float
+    figures: tuple[Measured, ...]
+    notes: tuple[str, ...] = field(default_factory=tuple)
+
+    def value(self, name: str) -> float:
+        """The figure called `name`.
+
+        Raises:
+            HardwareError: it was not measured.
+        """
+        for figure in self.figures:
+            if figure.name == name:
+                return figure.value
+        raise HardwareError(f"the probe of {self.host} has no figure {name}", hint="run `plait hardware probe` again")
+
+    def has(self, name: str) -> bool:
+        """Whether the figure was measured."""
+        return any(figure.name == name for figure in self.figures)
+
+
+def cache_path() -> Path:
+    """Where the last probe of this computer is kept."""
+    root = Path(os.environ.get("PLAIT_CACHE") or os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return root / "plait" / f"probe-{socket.gethostname()}.json"
+
+
+def load_probe() -> Probe | None:
+    """The kept probe of this computer; None where there is none or it belongs to other hardware."""
+    try:
+        found = Probe.from_json(cache_path().read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if found.cores == _cores() else None
+
+
+def save_probe(probe: Probe) -> Path:
+    """Keeps the probe for later; gives back where."""
+    path = cache_path()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(probe.to_json() + "\n", encoding="utf-8")
+    return path
+
+
+def _cores() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _memory() -> float:
+    try:
+        return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    except (ValueError, OSError) as problem:
+        raise HardwareError(f"this computer does not say how much memory it has: {problem}") from None
+
+
+def _processor() -> str:
+    path = Path("/proc/cpuinfo")
+    if path.exists():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _repeat(action: Callable[[], Any], *, budget: float, least: int = 3, most: int = 15) -> list[float]:
+    """Seconds of repeated runs, after one that is not counted."""
+    action()
+    found: list[float] = []
+    began = time.perf_counter()
+    while len(found) < least or (time.perf_counter() - began < budget and len(found) < most):
+        start = time.perf_counter()
+        action()
+        found.append(time.perf_counter() - start)
+    return found
+
+
+def _figure(name: str, seconds: list[float], unit: str, work: float) -> Measured:
+    """The figure `work` / median time; for times themselves `work` is 0."""
+    middle = statistics.median(seconds)
+    if not middle > 0:
+        raise HardwareError(f"measuring {name} gave {middle} s: the clock is too coarse", hint="run the probe again")
+    value = work / middle if work else middle
+    return Measured(
+        name=name, value=value, unit=unit, spread=(max(seconds) - min(seconds)) / middle, repeats=len(seconds)
+    )
+
+
+def probe_machine(*, ranks: tuple[int, ...] = (2, 4), say: Callable[[str], None] = lambda _: None) -> Probe:
+    """Measures this computer's CPU in at most two minutes.
+
+    Raises:
+        HardwareError: a measurement failed.
+    """
+    import torch
+
+    began = time.perf_counter()
+    cores = _cores()
+    figures: list[Measured] = []
+    threads_before = torch.get_num_threads()
+    try:
+        for threads in sorted({1, cores}):
+            torch.set_num_threads(threads)
+            say(f"matrix multiply and memory, {threads} threads")
+            figures += _compute(torch, threads)
+    finally:
+        torch.set_num_threads(threads_before)
+    notes = []
+    for count in ranks:
+        if time.perf_counter() - began > _LIMIT / 2:
+            notes.append(f"collectives of {count} ranks were left out: the probe would take over {_LIMIT:g} s")
+            continue
+        say(f"collectives, {count} processes with gloo")
+        figures += _collectives(count)
+    return Probe(
+        host=socket.gethostname(),
+        processor=_processor(),
+        cores=cores,
+        memory_bytes=_memory(),
+        backend="gloo",
+        torch_version=str(torch.__version__),
+        date=datetime.datetime.now(tz=datetime.timezone.utc).date().isoformat(),
+        seconds=time.perf_counter() - began,
+        figures=tuple(figures),
+        notes=tuple(notes),
+    )
+
+
+def _compute(torch: Any, threads: int) -> list[Measured]:
+    """Matmul by size and dtype, a copy and an addition beyond the caches, and the smallest operator."""
+    found = []
+    where = f"threads={threads}"
+    with torch.no_grad():
+        for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+            for size in _SIZES:
+                if name == "bf16" and size > 512:
+                    continue
+                a, b = (torch.randn(size, size).to(dtype) for _ in range(2))
+                out = torch.empty(size, size, dtype=dtype)
+                seconds = _repeat(lambda a=a, b=b, out=out: torch.mm(a, b, out=out), budget=0.3)
+                found.append(_figure(f"matmul/{name}/{size}/{where}", seconds, "FLOP/s", 2.0 * size**3))
+        source, target = torch.ones(16 << 20), torch.empty(16 << 20)
+        seconds = _repeat(lambda: target.copy_(source), budget=0.4)
+        found.append(_figure(f"copy/{where}", seconds, "B/s", 2.0 * 4 * source.numel()))
+        middle = torch.ones(1 << 18)
+        seconds = _repeat(lambda: torch.add(middle, middle), budget=0.2, most=200)
+        found.append(_figure(f"add/{where}", seconds, "B/s", 3.0 * 4 * middle.numel()))
+        tiny = torch.ones(8)
+
+        def many() -> None:
+            for _ in range(200):
+                torch.add(tiny, tiny)
+
+        seconds = [s / 200 for s in _repeat(many, budget=0.1)]
+        found.append(_figure(f"operator/{where}", seconds, "s", 0.0))
+    return found
+
+
+_WORKER = """
+import json, os, statistics, sys, time
+import torch, torch.distributed as dist
+rank, count, store, sizes = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], json.loads(sys.argv[4])
+torch.set_num_threads(1)
+dist.init_process_group("gloo", init_method="file://" + store, rank=rank, world_size=count,
+                        timeout=__import__("datetime").timedelta(seconds=40))
+found = {}
+for size in sizes:
+    x = torch.ones(size // 4)
+    for kind in ("all_reduce", "send"):
+        times = []
+        for turn in range(7):
+            dist.barrier()
+            start = time.perf_counter()
+            if kind == "all_reduce":
+                dist.all_reduce(x)
+            elif rank == 0:
+                dist.send(x, 1)
+                dist.recv(x, 1)
+            elif rank == 1:
+                dist.recv(x, 0)
+                dist.send(x, 0)
+            times.append((time.perf_counter() - start) / (1 if kind == "all_reduce" else 2))
+        found[f"{kind}/{size}"] = times[2:]
+dist.barrier()
+if rank == 0:
+    print(json.dumps(found), flush=True)
+dist.destroy_process_group()
+"""
+
+
+def _collectives(count: int) -> list[Measured]:
+    """All-reduce and send between `count` processes of this computer, by message size.
+
+    Raises:
+        HardwareError: a process failed or took over a minute.
+    """
+    import json
+
+    with tempfile.TemporaryDirectory() as folder:
+        store = str(Path(folder) / "store")
+        workers = [
+            subprocess.Popen(
+                [sys.executable, "-c", _WORKER, str(rank), str(count), store, json.dumps(_MESSAGES)],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                env={
+                    **os.environ,
+                    "OMP_NUM_THREADS": "1",
+                    "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo"),
+                },
+            )
+            for rank in range(count)
+        ]
+        outputs = []
+        try:
+            for rank, worker in enumerate(workers):
+                out, problem = worker.communicate(timeout=60)
+                if worker.returncode:
+                    line = (problem.strip().splitlines() or ["no message"])[-1]
+                    raise HardwareError(f"probe: gloo rank {rank} of {count} failed: {line}", hint="run `plait doctor`")
+                outputs.append(out)
+        except subprocess.TimeoutExpired:
+            raise HardwareError(
+                f"probe: gloo with {count} processes took over 60 s", hint="run `plait doctor`"
+            ) from None
+        finally:
+            for worker in workers:
+                if worker.poll() is None:
+                    worker.kill()
+                worker.wait()
+    times = json.loads(outputs[0])
+    found = []
+    for key, seconds in times.items():
+        kind, size = key.split("/")
+        found.append(_figure(f"{kind}/ranks={count}/{size}", seconds, "s", 0.0))
+    return found
+
+
+def in_gib(probe: Probe) -> float:
+    """The computer's memory in GiB."""
+    return probe.memory_bytes / GIB
