@@ -12,19 +12,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
-from plait.capture.huggingface import TextNeeds, TransformersJob
-from plait.capture.job import Job
+from plait.capture.huggingface import TextNeeds
 from plait.errors import RequestError
 from plait.run.data import (
     Batches,
     Windows,
     global_indices,
-    source_of,
     standard_library_text,
     text_of,
     text_samples,
     unigram_entropy,
 )
+from plait.run.shares import shares
 
 
 class Loud(Dataset):
@@ -56,15 +55,27 @@ def needs(task: str, **changes) -> TextNeeds:
 
 
 @settings(max_examples=50, deadline=None)
-@given(size=st.integers(1, 60), batch=st.integers(1, 20), count=st.integers(1, 5), seed=st.integers(0, 3))
-def test_shares_make_up_every_epoch(size: int, batch: int, count: int, seed: int):
-    """Over the parts of an epoch each sample comes once, in the order that one process would have."""
+@given(
+    size=st.integers(1, 60),
+    batch=st.integers(1, 20),
+    count=st.integers(1, 5),
+    microbatches=st.integers(1, 4),
+    seed=st.integers(0, 3),
+)
+def test_shares_make_up_every_epoch(size: int, batch: int, count: int, microbatches: int, seed: int):
+    """Over the parts of an epoch each sample comes once, microbatch by microbatch as one process would have them."""
     together = [b.targets.tolist() for b in Batches(Loud(size), batch=batch, seed=seed).one_epoch()]
-    parts = [list(Batches(Loud(size), batch=batch, seed=seed, index=i, count=count).one_epoch()) for i in range(count)]
+    options = {"batch": batch, "seed": seed, "count": count, "microbatches": microbatches}
+    parts = [list(Batches(Loud(size), index=index, **options).one_epoch()) for index in range(count)]
 
     assert sorted(chain(*together)) == list(range(size))
     for step, whole in enumerate(together):
-        assert list(chain(*(part[step].targets.tolist() for part in parts))) == whole
+        found: list[list[int]] = [part[step].targets.tolist() for part in parts]
+        table = shares(len(whole), min(microbatches, len(whole)), count)
+        for index in range(count):
+            expected = [whole[i] for row in table for i in range(*row[index])]
+            # One with nothing to do has a sample that counts nothing.
+            assert found[index] == (expected or whole[:1])
         assert {part[step].samples for part in parts} == {len(whole)}
 
 
@@ -85,10 +96,10 @@ def test_the_last_batch_is_as_small_as_it_is():
 
 
 def test_a_part_without_samples_has_tensors_of_the_right_kind():
-    """Where the last batch is smaller than the processes, some get none: shapes and dtypes stay."""
+    """Where the last batch is smaller than the processes, some have one sample that counts nothing."""
     last = list(Batches(Loud(5), batch=4, index=3, count=4).one_epoch())[-1]
 
-    assert last.inputs.shape == (0, 1)
+    assert last.inputs.shape == (1, 1)
     assert last.targets.dtype == torch.int64
     assert last.samples == 1
 
@@ -237,21 +248,6 @@ def test_bytes_need_a_vocabulary_of_256():
         text_samples(needs("causal-lm", vocabulary=100))
 
     assert "vocab_size=256" in caught.value.hint
-
-
-def test_source_of_a_job(tmp_path: Path):
-    """Its own data first, text for a model that reads it, the sample batch where there is nothing else."""
-    batch = (torch.zeros(2, 1), torch.zeros(2))
-    plain = Job(torch.nn.Linear(1, 1), batch=batch, name="mine")
-    text = TransformersJob(torch.nn.Linear(1, 1), batch=batch, text=needs("causal-lm"))
-    (tmp_path / "t.txt").write_text("a" * 100)
-
-    assert source_of(plain) == ([batch], "the job's sample batch over and over, since it has no data")
-    assert source_of(Job(torch.nn.Linear(1, 1), batch=batch, data=[batch]))[1] == "the job's data"
-    assert "standard library" in source_of(text)[1]
-    assert len(source_of(text, tmp_path / "t.txt")[0]) == 12
-    with pytest.raises(RequestError, match="mine reads no text"):
-        source_of(plain, tmp_path / "t.txt")
 
 
 def test_text_of_files_and_folders(tmp_path: Path):

@@ -31,7 +31,6 @@ from plait.run.shares import shares
 
 if TYPE_CHECKING:
     from plait.capture.huggingface import TextNeeds
-    from plait.capture.job import Job
 
 __all__ = [
     "Batch",
@@ -39,7 +38,6 @@ __all__ = [
     "TextSamples",
     "Windows",
     "global_indices",
-    "source_of",
     "standard_library_text",
     "text_of",
     "text_samples",
@@ -284,29 +282,6 @@ class TextSamples(Dataset[tuple[dict[str, torch.Tensor], torch.Tensor]]):
         if self.needs.attention_mask:
             inputs["attention_mask"] = torch.ones_like(tokens)
         return inputs, labels
-
-
-def source_of(job: Job, path: Path | None = None, *, seed: int = 0) -> tuple[Any, str]:
-    """What a job trains on, for `Batches`, and the same in words: its data, a text, or else its sample batch.
-
-    `path` is the text of `--data`.
-
-    Raises:
-        RequestError: `--data` for a job that reads no text, or a text that does not fit.
-    """
-    needs = getattr(job, "text", None)
-    if needs is not None and (path is not None or job.data is None):
-        return text_samples(needs, path, seed=seed), str(
-            path
-        ) if path else "the source text of Python's standard library"
-    if path is not None:
-        raise RequestError(
-            f"--data {path}: {job.name or 'this target'} reads no text",
-            hint="--data is for hf: targets with text; give a target of your own its data as an argument after ?",
-        )
-    if job.data is not None:
-        return job.data, "the job's data"
-    return [job.batch], "the job's sample batch over and over, since it has no data"
 
 
 def text_samples(needs: TextNeeds, path: Path | None = None, *, seed: int = 0) -> TextSamples:
