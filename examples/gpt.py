@@ -78,7 +78,7 @@ def job(layers=6, width=384, heads=0, length=128, dropout=0.0, lr=1e-3, warmup=2
         data=windows,
         evaluate=Windows(text[-64 * length :], length),
         generate=lambda model: (
-            f"(unigram entropy of the text: {unigram_entropy(text):.2f} nats a byte)\n\n{generate(model)}"
+            f"unigram entropy of the text: {unigram_entropy(text):.4g} nats a byte\n\n{generate(model)}"
         ),
         name="gpt",
     )

@@ -136,6 +136,14 @@ def test_train_hands_on_what_was_typed(launch):
     }
 
 
+def test_train_shows_losses_last_and_then_the_sample(launch, capsys):
+    """What the trained model wrote stands under the figures, the losses next to it."""
+    launch.answer = {"loss": 2.5, "steps": 9, "sample": "entropy 3.2\n\ndef f():", "losses": [1.0]}
+
+    assert run(["train", "a.py:job"]) == 0
+    assert capsys.readouterr().out.endswith("steps  9\nloss   2.5\n\nentropy 3.2\n\ndef f():\n")
+
+
 def test_version(capsys):
     """`plait --version` is the package's."""
     assert run(["--version"]) == 0

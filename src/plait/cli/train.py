@@ -88,9 +88,17 @@ def train(
 
 
 def _text(result: Mapping[str, Any]) -> None:
-    """One line for each figure."""
-    simple = {k: v for k, v in result.items() if isinstance(v, str | int | float | Path) and not isinstance(v, bool)}
+    """One line for each figure, the losses last, then what the trained model wrote."""
+    simple = {
+        key: value
+        for key, value in result.items()
+        if isinstance(value, str | int | float | Path) and not isinstance(value, bool) and key != "sample"
+    }
+    order = sorted(simple, key=lambda key: "loss" in key)
     width = max((len(key) for key in simple), default=0)
-    for key, value in simple.items():
+    for key in order:
+        value = simple[key]
         shown = f"{value:.4g}" if isinstance(value, float) else str(value)
         typer.echo(f"{key.replace('_', ' '):<{width}}  {shown}")
+    if result.get("sample"):
+        typer.echo(f"\n{result['sample']}")
