@@ -44,8 +44,8 @@ class Program:
     """By placeholder node name, in the graph's order."""
     has_loss: bool
     """Whether the output is the loss; otherwise the outputs' leaves, and the loss is computed from them in eager."""
-    dynamic: bool
-    """Whether other batch sizes may be fed."""
+    sizes: tuple[int, int]
+    """The least and the most samples that may be fed."""
     batch: int
     """Samples at capture."""
     aliases: dict[str, str] = field(default_factory=dict)
@@ -55,3 +55,12 @@ class Program:
     graph: Graph | None = None
     outputs_spec: Any = None
     """pytree spec of the model's outputs, where the loss is not captured."""
+
+    @property
+    def dynamic(self) -> bool:
+        """Whether other batch sizes may be fed."""
+        return self.sizes[0] < self.sizes[1]
+
+    def accepts(self, samples: int) -> bool:
+        """Whether the graph holds for microbatches of so many samples."""
+        return self.sizes[0] <= samples <= self.sizes[1]

@@ -116,7 +116,10 @@ def _thin(cuts: list[int], most: int) -> list[int]:
 
 
 def _narrow(nodes: list[fx.Node], work: list[int], live: list[set[fx.Node]]) -> list[tuple[int, int]]:
-    """(position, module depth) of the local minima of the live bytes; of a plateau, each change of module."""
+    """(position, module depth) of the local minima of the live bytes and of single live tensors.
+
+    Of a plateau, each change of module.
+    """
     found: list[tuple[int, int]] = []
     sizes = [_bytes(live[i]) for i in work]
     sizes[0:1] = [2**62]
@@ -128,9 +131,15 @@ def _narrow(nodes: list[fx.Node], work: list[int], live: list[set[fx.Node]]) -> 
         lower_before = sizes[start - 1] < sizes[start]
         lower_after = stop + 1 < len(work) and sizes[stop + 1] < sizes[start]
         tail_is_output = stop + 1 >= len(work) and sizes[start] == 0
-        if not lower_before and not lower_after and not tail_is_output:
+        narrow = not lower_before and not lower_after
+        if (narrow or any(len(live[work[k]]) == 1 for k in range(start, stop + 1))) and not tail_is_output:
             places = [k for k in range(start, stop + 1) if _cuttable(live[work[k]])]
-            borders = [k for k in places if _is_border(nodes, work, k)] or places[-1:]
+            borders = [k for k in places if _is_border(nodes, work, k)]
+            if narrow:
+                borders = borders or places[-1:]
+            else:
+                # In a plain chain whose tensors only shrink nothing is a minimum, yet one tensor alone is a waist.
+                borders = [k for k in borders if len(live[work[k]]) == 1]
             found += [(work[k], _border(nodes, work, k)) for k in borders]
         start = stop + 1
     return found

@@ -282,7 +282,8 @@ def _common_name(row: list[fx.Node]) -> str:
 
     paths = [module_path(node) for node in row if module_path(node)]
     if not paths:
-        return "loss"
+        in_model = any(str(path).startswith("model") for n in row for path, _ in (n.meta.get("nn_module_stack") or {}).values())
+        return "model" if in_model else "loss"
     common = paths[0]
     for path in paths[1:]:
         depth = 0

@@ -3,7 +3,7 @@
     build        the user's model, large values left out                       capture/build.py
     trace        forward and loss as one flat graph, cut into segments          capture/trace.py
     shard        tensor parallelism: local operators and collectives            run/shard/
-    cut          segments to pipeline stages, stages to units                   run/stages.py
+    cut          segments to pipeline stages, stages to units                   run/captures.py, run/stages.py
     rewrite      batch norm over all replicas, what autocast must leave alone   run/batchnorm.py, run/precision.py
     fill         each unit gets its share of the parameters, one by one         here
     recompute    units that repeat their forward in the backward                run/recompute.py
@@ -14,7 +14,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,17 +27,16 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from plait.capture.build import Built
 from plait.capture.program import Program
 from plait.errors import PlanError
-from plait.run.batchnorm import synchronise_batch_norm
+from plait.run.captures import Capture, cut, prepare
 from plait.run.layout import Layout
-from plait.run.precision import leave_to_autocast
 from plait.run.recompute import recompute_unit
 from plait.run.reduce import Reducer
-from plait.run.stages import Border, StageModule, Unit, borders, build_stage, stage_bounds
+from plait.run.stages import Border, StageModule, Unit
 from plait.run.tied import TiedWeights
 from plait.run.world import World
 from plait.schema import Graph, Plan
 
-__all__ = ["Applied", "Held", "apply", "check"]
+__all__ = ["Applied", "Held", "apply", "check", "fsdp_layout", "local_of"]
 
 
 @dataclass(frozen=True)
@@ -65,16 +64,34 @@ class Applied:
     plan: Plan
     world: World
     stages: dict[int, StageModule]
-    edges: list[list[Border]]
-    """What crosses in front of each stage (and after the last)."""
     parameters: dict[str, Held]
     buffers: dict[str, Held]
     reducer: Reducer | None
     tied: TiedWeights
+    module: nn.Module
+    """As the user built it; its large parameters may be empty."""
+    captures: list[Capture] = field(default_factory=list)
+    """The model's captures, the first one `program`'s; none where the model runs on its own modules."""
+    capture_of: dict[int, int] = field(default_factory=dict)
+    """Samples in a microbatch to the capture that serves it."""
     sharded_by_fsdp: bool = False
     split_by_tp: frozenset[str] = frozenset()
     """Parameters of which each tensor-parallel process holds a part."""
     notes: list[str] = field(default_factory=list)
+    captured: bool = True
+    after_backward: Callable[[], None] | None = None
+
+    def program_for(self, samples: int) -> Program:
+        """The capture that serves microbatches of `samples`.
+
+        Raises:
+            PlanError: the model differs too much between this size and the others.
+        """
+        return prepare(self, samples).program if self.captures else self.program
+
+    def edges_for(self, samples: int) -> list[list[Border]]:
+        """What crosses in front of each stage (and after the last)."""
+        return prepare(self, samples).edges
 
 
 def check(plan: Plan, graph: Graph) -> None:
@@ -101,43 +118,19 @@ def apply(program: Program, built: Built, plan: Plan, world: World) -> Applied:
     """The model, ready to run under the plan in this process."""
     assert program.graph is not None
     check(plan, program.graph)
-    module, layouts = program.module, {}
     notes: list[str] = []
-    if plan.tp > 1:
-        from plait.run.shard import decide, lower
-
-        decisions = decide(module, program.placeholders, plan.tp)
-        group = world.group("tp")
-        assert group is not None
-        module, layouts = lower(module, decisions, program.placeholders, plan.tp, world.index("tp"), group)
-        layouts = {program.placeholders[node].name: layout for node, layout in layouts.items()}
-    bounds = stage_bounds(program.graph, plan)
-    edges = [borders(module, first) if first else [] for first, _ in bounds] + [[]]
-    mine = range(world.index("pp"), plan.stages, plan.pp)
-    synchronise, precision = synchronise_batch_norm(world.samples), leave_to_autocast(plan)
-
-    def rewrite(node: torch.fx.Node) -> None:
-        synchronise(node)
-        precision(node)
-
-    stages = {
-        index: build_stage(
-            module,
-            program.placeholders,
-            bounds[index],
-            unit_groups(program.graph, bounds[index], plan),
-            is_last=index == plan.stages - 1,
-            rewrite=rewrite,
-        )
-        for index in mine
-    }
-    filler = _Filler(built, layouts, plan, world)
+    capture = cut(program, plan, world)
+    module, layouts, bounds = capture.module, capture.layouts, capture.bounds
+    stages = {index: StageModule(graph) for index, graph in capture.stages.items()}
+    filler = _Filler(built, program.constants, layouts, plan, world)
     for stage in stages.values():
         filler.fill(stage)
     holders = _stages_of_names(program, module, bounds, plan)
     owned = _held(filler, program, holders, world)
     parameters = {h.name: h for h in owned if isinstance(h.tensor, nn.Parameter)}
-    buffers = {h.name: h for h in owned if not isinstance(h.tensor, nn.Parameter)}
+    buffers = {
+        h.name: h for h in owned if not isinstance(h.tensor, nn.Parameter) and h.name not in program.constants
+    }
     reached = {p.name for p in program.placeholders.values() if p.kind == "parameter" and p.trainable and p.reached}
     replicated = [h.tensor for n, h in parameters.items() if n in reached and not isinstance(h.tensor, DTensor)]
     reducer = None
@@ -151,31 +144,16 @@ def apply(program: Program, built: Built, plan: Plan, world: World) -> Applied:
         plan=plan,
         world=world,
         stages=stages,
-        edges=edges,
         parameters=parameters,
         buffers=buffers,
         reducer=reducer,
         tied=tied,
+        module=built.module,
+        captures=[capture],
         sharded_by_fsdp=plan.fsdp > 1,
         split_by_tp=frozenset(name for name, layout in layouts.items() if not layout.is_full),
         notes=notes,
     )
-
-
-def unit_groups(graph: Graph, bounds: tuple[int, int], plan: Plan) -> list[tuple[int, int]]:
-    """A stage's segments as units: one in all, or one a segment where FSDP or recomputation works by segment."""
-    first, end = bounds
-    choices = [plan.recompute_of(i) for i in range(first, end)]
-    if plan.fsdp == 1 and set(choices) == {"none"}:
-        return [bounds]
-    groups: list[tuple[int, int]] = []
-    for i in range(first, end):
-        bare = not graph.segments[i].parameters
-        if groups and bare and plan.recompute_of(i) == plan.recompute_of(groups[-1][0]):
-            groups[-1] = (groups[-1][0], i + 1)
-        else:
-            groups.append((i, i + 1))
-    return groups
 
 
 def local_of(tensor: torch.Tensor) -> torch.Tensor:
@@ -190,8 +168,11 @@ def _as_parameters(tensors: list[torch.Tensor]) -> list[nn.Parameter]:
 class _Filler:
     """Gives units their parameters and buffers: at most one unit's worth is whole at a time."""
 
-    def __init__(self, built: Built, layouts: dict[str, Layout], plan: Plan, world: World) -> None:
+    def __init__(
+        self, built: Built, constants: dict[str, torch.Tensor], layouts: dict[str, Layout], plan: Plan, world: World
+    ) -> None:
         self._built = built
+        self._constants = constants
         self._layouts = layouts
         self._plan = plan
         self._world = world
@@ -245,7 +226,7 @@ class _Filler:
             self.tensors[name] = tensor
 
     def _value(self, name: str, kind: str) -> torch.Tensor:
-        whole = self._built.value(name)
+        whole = self._constants[name] if kind == "constant" else self._built.value(name)
         layout = self._layouts.get(name) or Layout.full(tuple(whole.shape))
         self.layouts[name] = layout
         tensor = layout.take(whole).to(self._world.device)
@@ -269,7 +250,7 @@ class _Filler:
             for attribute, kind, name in getattr(unit, "slots", ()):
                 if kind == "parameter":
                     self.tensors[name] = getattr(unit, attribute)
-                    self.layouts[name] = _fsdp_layout(self.layouts[name], self.tensors[name])
+                    self.layouts[name] = fsdp_layout(self.layouts[name], self.tensors[name])
 
 
 def _sharing(units: list[Unit]) -> list[list[Unit]]:
@@ -292,7 +273,8 @@ def _sharing(units: list[Unit]) -> list[list[Unit]]:
     return groups
 
 
-def _fsdp_layout(layout: Layout, tensor: torch.Tensor) -> Layout:
+def fsdp_layout(layout: Layout, tensor: torch.Tensor) -> Layout:
+    """The layout that is left of `layout` when FSDP has sharded the tensor's rows."""
     if not isinstance(tensor, DTensor) or layout.local_shape != tuple(tensor.shape):
         return layout
     shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)

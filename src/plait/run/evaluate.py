@@ -56,7 +56,8 @@ def _forward(run: Run, inputs: dict[str, Any], size: int) -> tuple[torch.Tensor,
         if stage is None:
             continue
         if index and index - 1 not in run.applied.stages:
-            live = tuple(_receive(run, border.shape(size), border.value.dtype) for border in run.applied.edges[index])
+            edge = run.applied.edges_for(size)[index]
+            live = tuple(_receive(run, border.shape(size), border.value.dtype) for border in edge)
         live = stage(*live, **inputs)
         if index == run.plan.stages - 1:
             return live

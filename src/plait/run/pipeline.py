@@ -59,11 +59,10 @@ class _Stage(PipelineStage):
         device: torch.device,
         group: dist.ProcessGroup,
         sizes: list[int],
-        takes: list[Border],
-        gives: list[Border],
+        edges: list[list[list[Border]]],
     ) -> None:
-        self._takes = [[_meta_tensor(b, size) for b in takes] for size in sizes]
-        self._gives = [[_meta_tensor(b, size) for b in gives] for size in sizes]
+        self._takes = [[_meta_tensor(b, size) for b in of[index]] for of, size in zip(edges, sizes, strict=True)]
+        self._gives = [[_meta_tensor(b, size) for b in of[index + 1]] for of, size in zip(edges, sizes, strict=True)]
         is_last = index == plan.stages - 1
         # The last stage's outputs go to the loss only; a stand-in satisfies torch's bookkeeping.
         outputs = (torch.empty(0, device="meta"),) if is_last else tuple(self._gives[0])
@@ -140,7 +139,7 @@ def _meta_tensor(border: Border, size: int) -> torch.Tensor:
 def schedule_for(
     plan: Plan,
     stages: dict[int, StageModule],
-    edges: list[list[Border]],
+    edges: list[list[list[Border]]],
     sizes: list[int],
     device: torch.device,
     group: dist.ProcessGroup,
@@ -148,10 +147,10 @@ def schedule_for(
 ) -> Any:
     """torch's schedule object for this process's `stages` (index -> module) and these microbatch sizes.
 
-    `edges[i]` is what crosses in front of stage i. With fewer microbatches than 1F1B needs, all forwards run first.
+    `edges[m][i]` is what crosses in front of stage i in microbatch m. With fewer microbatches than 1F1B needs, all forwards run first.
     """
     parts = [
-        _Stage(stage, index, plan, device, group, sizes, edges[index], edges[index + 1])
+        _Stage(stage, index, plan, device, group, sizes, edges)
         for index, stage in sorted(stages.items())
     ]
     options: dict[str, Any] = {"n_microbatches": len(sizes), "loss_fn": loss, "scale_grads": False}

@@ -8,7 +8,7 @@ size) may share them.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,7 +17,17 @@ from torch import fx, nn
 from plait.capture.program import Placeholder
 from plait.schema import Graph, Plan
 
-__all__ = ["Border", "StageModule", "Unit", "balanced_cuts", "borders", "build_stage", "stage_bounds"]
+__all__ = [
+    "Border",
+    "StageGraph",
+    "StageModule",
+    "Unit",
+    "UnitGraph",
+    "balanced_cuts",
+    "borders",
+    "stage_bounds",
+    "stage_graph",
+]
 
 
 def balanced_cuts(graph: Graph, stages: int) -> tuple[int, ...]:
@@ -97,75 +107,124 @@ def borders(module: fx.GraphModule, first: int) -> list[Border]:
     ]
 
 
+@dataclass
+class UnitGraph:
+    """What a unit computes, from one capture."""
+
+    module: fx.GraphModule
+    values: list[str]
+    """Names of the tensors it takes."""
+    outputs: list[str]
+    owned: list[tuple[str, str]]
+    """(kind, name) of the parameters, buffers and constants that it takes after the values."""
+    attributes: list[str] = field(default_factory=list)
+    """Where its unit keeps them."""
+
+
+@dataclass
+class StageGraph:
+    """What a stage computes, from one capture: its prelude, and its units in order."""
+
+    prelude: UnitGraph
+    units: list[UnitGraph]
+    firsts: list[int]
+    """Each unit's first segment."""
+    takes: list[str]
+    gives: list[str]
+    dtypes: list[torch.dtype | None]
+    """Of what it gives; None for the loss, which is left alone."""
+
+    def drops(self) -> list[list[str]]:
+        """For each unit, what may be dropped once its arguments are gathered."""
+        kept = set(self.gives)
+        steps: list[list[str]] = []
+        for unit in reversed(self.units):
+            steps.append([name for name in dict.fromkeys(unit.values) if name not in kept])
+            kept |= set(unit.values)
+        return steps[::-1]
+
+
 class Unit(nn.Module):
     """Segments run as one, with their own parameters and buffers."""
 
-    def __init__(self, graph: fx.GraphModule, values: list[str], outputs: list[str], first: int) -> None:
+    def __init__(self, graph: UnitGraph, first: int) -> None:
         super().__init__()
-        object.__setattr__(self, "graph_module", graph)  # not a submodule: it owns nothing
-        self.values = values
-        """Names of the tensors it takes."""
-        self.outputs = outputs
         self.first_segment = first
         self.slots: list[tuple[str, str, str]] = []
-        """(attribute, kind, the user's name) of parameters and buffers, in the order the graph takes them."""
+        """(attribute, kind, the user's name) of what it owns."""
+        self.graphs: list[UnitGraph] = []  # no submodules: they own nothing
         self.around: Callable[..., Any] | None = None
         """Wraps the call: recomputation."""
         self.repeating = False
         """True while a recomputation runs, when buffers must not be written again."""
+        self.add(graph)
 
-    def forward(self, *values: Any) -> Any:
-        """The unit's outputs, a tuple."""
+    def add(self, graph: UnitGraph) -> list[tuple[str, str, str]]:
+        """Take one more capture's graph; returns the slots that it needs and no earlier one had."""
+        known = {(kind, name): attribute for attribute, kind, name in self.slots}
+        fresh = [(f"t{len(self.slots) + i}", *key) for i, key in enumerate(k for k in graph.owned if k not in known)]
+        known |= {(kind, name): attribute for attribute, kind, name in fresh}
+        graph.attributes = [known[key] for key in graph.owned]
+        self.slots += fresh
+        self.graphs.append(graph)
+        return fresh
+
+    def forward(self, which: int, *values: Any) -> Any:
+        """The outputs of its graph `which`, a tuple."""
         if self.around is not None:
-            return self.around(self.call, *values)
-        return self.call(*values)
+            return self.around(self.call, which, *values)
+        return self.call(which, *values)
 
-    def call(self, *values: Any) -> Any:
-        """Run the graph on values and on the tensors this unit owns as they are now."""
-        tensors = [getattr(self, attribute) for attribute, _, _ in self.slots]
+    def call(self, which: int, *values: Any) -> Any:
+        """Run a graph on values and on the tensors this unit owns as they are now."""
+        graph = self.graphs[which]
+        tensors = [getattr(self, attribute) for attribute in graph.attributes]
         if self.repeating:
             tensors = [t if isinstance(t, nn.Parameter) else t.clone() for t in tensors]
-        return self.graph_module.forward(*values, *tensors)
+        return graph.module.forward(*values, *tensors)
 
 
 class StageModule(nn.Module):
     """One pipeline stage: `forward(*live_in, **inputs) -> live_out` (or the loss, or the outputs' tensors)."""
 
-    def __init__(
-        self, prelude: Unit, units: list[Unit], takes: list[str], gives: list[str], dtypes: list[torch.dtype | None]
-    ) -> None:
+    def __init__(self, graph: StageGraph) -> None:
         super().__init__()
-        self.prelude = prelude
-        self.units = nn.ModuleList(units)
-        self.takes = takes
-        self.gives = gives
-        self._dtypes = dtypes
-        self._steps = self._plan_steps(units)
+        self.prelude = Unit(graph.prelude, -1)
+        self.units = nn.ModuleList(Unit(g, first) for g, first in zip(graph.units, graph.firsts, strict=True))
+        self.graphs = [graph]
+        self._drops = [graph.drops()]
+        self._which: dict[int, int] = {}
 
-    def _plan_steps(self, units: list[Unit]) -> list[tuple[Unit, list[str], list[str]]]:
-        """Each unit with what may be dropped once its arguments are gathered."""
-        kept = set(self.gives)
-        steps: list[tuple[Unit, list[str], list[str]]] = []
-        for unit in reversed(units):
-            drop = [name for name in dict.fromkeys(unit.values) if name not in kept]
-            kept |= set(unit.values)
-            steps.append((unit, unit.outputs, drop))
-        return steps[::-1]
+    def add(self, graph: StageGraph) -> list[tuple[Unit, tuple[str, str, str]]]:
+        """Take one more capture's graphs; returns what they need and the units do not own yet."""
+        fresh = [(self.prelude, slot) for slot in self.prelude.add(graph.prelude)]
+        for unit, own in zip(self.units, graph.units, strict=True):
+            assert isinstance(unit, Unit)
+            fresh += [(unit, slot) for slot in unit.add(own)]
+        self.graphs.append(graph)
+        self._drops.append(graph.drops())
+        return fresh
 
-    def forward(self, *live: torch.Tensor, **inputs: Any) -> tuple[torch.Tensor, ...]:
-        """Runs prelude and units; every value is dropped after its last use."""
-        known: dict[str, Any] = {**inputs, **dict(zip(self.takes, live, strict=True))}
-        if self.prelude.outputs:
+    def use(self, samples: int, which: int) -> None:
+        """Microbatches of so many samples go through graph `which` (the first where nothing was said)."""
+        self._which[samples] = which
+
+    def forward(self, *live: torch.Tensor, samples: int = 0, **inputs: Any) -> tuple[torch.Tensor, ...]:
+        """Runs prelude and units on a microbatch of `samples`; every value is dropped after its last use."""
+        which = self._which.get(samples, 0)
+        graph = self.graphs[which]
+        known: dict[str, Any] = {**inputs, **dict(zip(graph.takes, live, strict=True))}
+        if graph.prelude.outputs:
             with torch.no_grad():
-                results = self.prelude(*[inputs[name] for name in self.prelude.values])
-            known.update(zip(self.prelude.outputs, results, strict=True))
-        for unit, outputs, drop in self._steps:
-            arguments = [known[name] for name in unit.values]
+                results = self.prelude(which, *[inputs[name] for name in graph.prelude.values])
+            known.update(zip(graph.prelude.outputs, results, strict=True))
+        for unit, own, drop in zip(self.units, graph.units, self._drops[which], strict=True):
+            arguments = [known[name] for name in own.values]
             for name in drop:
                 del known[name]
-            known.update(zip(outputs, unit(*arguments), strict=True))
+            known.update(zip(own.outputs, unit(which, *arguments), strict=True))
             del arguments
-        return tuple(_as(known[name], dtype) for name, dtype in zip(self.gives, self._dtypes, strict=True))
+        return tuple(_as(known[name], dtype) for name, dtype in zip(graph.gives, graph.dtypes, strict=True))
 
 
 def _as(value: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
@@ -173,7 +232,7 @@ def _as(value: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
     return value if dtype is None else value.to(dtype).contiguous()
 
 
-def build_stage(
+def stage_graph(
     module: fx.GraphModule,
     placeholders: dict[str, Placeholder],
     bounds: tuple[int, int],
@@ -181,8 +240,8 @@ def build_stage(
     *,
     is_last: bool,
     rewrite: Callable[[fx.Node], None] | None = None,
-) -> StageModule:
-    """The stage of segments `bounds`, its units the segment ranges `groups`; parameters are still to be given.
+) -> StageGraph:
+    """The stage of segments `bounds`, its units the segment ranges `groups`.
 
     `rewrite` is applied to every node copied (precision, synchronised normalisation).
     """
@@ -193,19 +252,19 @@ def build_stage(
     takes = [] if first == 0 else [b.name for b in borders(module, first)]
     parts = [[n for n in nodes if low <= _segment(n) < high] for low, high in groups]
     preludes = _needed_preludes(parts, output if is_last else None)
-    prelude = _make_unit(module, placeholders, preludes, _shown(preludes, parts, output if is_last else None), -1)
+    prelude = _make_unit(module, placeholders, preludes, _shown(preludes, parts, output if is_last else None))
     units = []
-    for i, (part, (low, _)) in enumerate(zip(parts, groups, strict=True)):
+    for i, part in enumerate(parts):
         later = {p.name for other in parts[i + 1 :] for n in other for p in n.all_input_nodes} | set(wanted)
         outputs = [n for n in part if n.name in later]
-        units.append(_make_unit(module, placeholders, part, outputs, low))
+        units.append(_make_unit(module, placeholders, part, outputs))
         if rewrite is not None:
-            for node in list(units[-1].graph_module.graph.nodes):
+            for node in list(units[-1].module.graph.nodes):
                 rewrite(node)
-            units[-1].graph_module.recompile()
+            units[-1].module.recompile()
     by_name = {n.name: n for n in nodes}
     dtypes = [None if is_last else by_name[name].meta["val"].dtype for name in wanted]
-    return StageModule(prelude, units, takes, wanted, dtypes)
+    return StageGraph(prelude, units, [low for low, _ in groups], takes, wanted, dtypes)
 
 
 def _needed_preludes(parts: list[list[fx.Node]], output: fx.Node | None) -> list[fx.Node]:
@@ -234,8 +293,7 @@ def _make_unit(
     placeholders: dict[str, Placeholder],
     part: list[fx.Node],
     outputs: list[fx.Node],
-    first: int,
-) -> Unit:
+) -> UnitGraph:
     graph = fx.Graph()
     inside = set(part)
     outside = dict.fromkeys(p for n in part for p in n.all_input_nodes if p not in inside and p.op != "get_attr")
@@ -261,9 +319,12 @@ def _make_unit(
         else:
             made[node] = graph.node_copy(node, mapped)
     graph.output(tuple(made[n] for n in outputs))
-    unit = Unit(fx.GraphModule(root, graph), [n.name for n in values], [n.name for n in outputs], first)
-    unit.slots = [(f"t{i}", placeholders[n.name].kind, placeholders[n.name].name) for i, n in enumerate(owned)]
-    return unit
+    return UnitGraph(
+        fx.GraphModule(root, graph),
+        [n.name for n in values],
+        [n.name for n in outputs],
+        [(placeholders[n.name].kind, placeholders[n.name].name) for n in owned],
+    )
 
 
 def _attribute(module: nn.Module, path: str) -> Any:

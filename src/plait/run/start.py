@@ -16,11 +16,12 @@ from plait.capture import batch as batches
 from plait.capture.build import build
 from plait.capture.job import Job
 from plait.capture.trace import loss_of, trace
-from plait.errors import DivergedError, PlanError
+from plait.errors import CaptureError, DivergedError, PlanError
 from plait.run.apply import Applied, Held, apply, check, local_of
 from plait.run.batchnorm import nothing_counts
 from plait.run.evaluate import losses_of_parts
 from plait.run.optimizers import check_elementwise, default_optimizer
+from plait.run.own_modules import apply_own_modules, refuse_uncaptured
 from plait.run.pipeline import run_pipeline, schedule_for
 from plait.run.precision import autocast_for
 from plait.run.shares import shares
@@ -54,15 +55,24 @@ def start(
     built = build(job, seed=seed, values=True)
     if change is not None:
         built = built.changed(change)
-    part = max(1, max(stop - start for row in shares(size, bound.microbatches, bound.replicas) for start, stop in row))
-    program = trace(job, module=built.module, batch=part)
-    assert program.graph is not None
-    check(bound, program.graph)
-    applied = apply(program, built, bound, world)
+    table = shares(size, bound.microbatches, bound.replicas)
+    part = max(1, max(stop - start for row in table for start, stop in row))
+    try:
+        program = trace(job, module=built.module, batch=part)
+    except CaptureError as reason:
+        refuse_uncaptured(bound, reason)
+        applied = apply_own_modules(job, built, bound, world, part, reason)
+    else:
+        assert program.graph is not None
+        check(bound, program.graph)
+        applied = apply(program, built, bound, world)
+        # Microbatches of another size than the first are refused now if ever, in every process alike.
+        for other in sorted({stop - start for row in table for start, stop in row if stop > start}, reverse=True):
+            applied.program_for(other)
     # Replicas draw different random numbers; processes that share a sample (tp) the same ones.
     torch.manual_seed(seed * 1_000_003 + world.replica * 1009 + world.index("pp") + 1)
     run = Run(job, applied, _named(built.module, applied))
-    run.state_names = [name for name in built.module.state_dict() if name not in program.aliases]
+    run.state_names = [name for name in built.module.state_dict() if name not in applied.program.aliases]
     return run
 
 
@@ -123,7 +133,7 @@ class Run:
         self.plan = applied.plan
         self.world = applied.world
         self.steps_done = 0
-        self.captured = True
+        self.captured = applied.captured
         self.state_names: list[str] = []
         """Names of the whole model's state, in the user's order, tied ones once."""
         self.optimizer = _optimizer(job, applied, named)
@@ -291,14 +301,15 @@ class Run:
             group = self.world.group("pp")
             assert group is not None
             self._schedules[key] = schedule_for(
-                self.plan, self.applied.stages, self.applied.edges, sizes, self.world.device, group, self.loss_of_outputs
+                self.plan, self.applied.stages, [self.applied.edges_for(n) for n in sizes], sizes, self.world.device, group, self.loss_of_outputs
             )
         return [loss.detach() for loss in run_pipeline(self._schedules[key], inputs, targets)]
 
     def _stage_inputs(self, part: tuple[Any, Any]) -> dict[str, Any]:
-        leaves = pytree.tree_leaves(part)
-        names = [n for n, place in self.applied.program.placeholders.items() if place.kind == "input"]
-        return dict(zip(names, leaves, strict=True))
+        size = self._size(part)
+        places = self.applied.program_for(size).placeholders
+        names = [n for n, place in places.items() if place.kind == "input"]
+        return {**dict(zip(names, pytree.tree_leaves(part), strict=True)), "samples": size}
 
     def loss_of_outputs(self, outputs: tuple[torch.Tensor, ...], target: tuple[Any, float]) -> torch.Tensor:
         targets, weight = target
@@ -313,6 +324,8 @@ class Run:
     def _complete_gradients(self) -> None:
         if self.applied.reducer is not None:
             self.applied.reducer.finish()
+        if self.applied.after_backward is not None:
+            self.applied.after_backward()
         if self.applied.tied.names:
             self.applied.tied.sum_gradients(self.gradients())
 
@@ -383,13 +396,3 @@ def _from_zero(bounds: list[tuple[int, int]]) -> list[tuple[int, int]]:
         result.append((begin, begin + stop - start))
         begin += stop - start
     return result
-
-
-def refuse_uncaptured(plan: Plan, reason: Exception) -> None:
-    """A model that cannot be captured runs under dp and fsdp only.
-
-    Raises:
-        PlanError: the plan has another axis.
-    """
-    if plan.tp * plan.pp > 1 or plan.recompute != "none":
-        raise PlanError(f"plan: {plan.spec()} needs the model captured, and that failed\n  {reason}") from None
