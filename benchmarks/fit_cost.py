@@ -30,26 +30,26 @@ from plait.cost.calibration import DATA, Calibration, load_calibration
 from plait.cost.case import SkipRow, case_of
 from plait.cost.step import Cache, estimate
 from plait.cost.table import read_table
-from plait.errors import PlaitError
 from plait.cost.validate import _measured, predict_case, validate
+from plait.errors import PlaitError
 
 # (where, name): (prior, spread of its logarithm or logit, how it is transformed)
 PRIORS: dict[tuple[str, str], tuple[float, float, str]] = {
     ("defaults", "traffic"): (0.3, 0.6, "log"),
-    ("defaults", "memory"): (0.8, 0.1, "log"),
+    ("defaults", "memory"): (0.8, 0.5, "logit"),
     ("defaults", "kernel"): (2e-6, 0.7, "log"),
     ("defaults", "step"): (2e-3, 1.0, "log"),
     ("defaults", "slowdown"): (0.1, 0.8, "log"),
     ("defaults", "spread"): (0.005, 0.8, "log"),
-    ("defaults", "optimizer"): (0.7, 0.5, "log"),
-    ("defaults", "grouped"): (0.8, 0.4, "log"),
+    ("defaults", "optimizer"): (0.7, 0.8, "logit"),
+    ("defaults", "grouped"): (0.8, 0.8, "logit"),
     ("defaults", "low_bytes"): (0.3, 0.7, "log"),
-    ("links", "NVLink"): (0.75, 0.25, "log"),
-    ("links", "InfiniBand"): (0.7, 0.3, "log"),
-    ("links", "as stated"): (0.7, 0.3, "log"),
-    ("links", "ICI"): (0.7, 0.3, "log"),
-    ("links", "data-centre"): (0.7, 0.4, "log"),
-    ("links", "Infinity"): (0.5, 0.3, "log"),
+    ("links", "NVLink"): (0.75, 0.8, "logit"),
+    ("links", "InfiniBand"): (0.7, 0.8, "logit"),
+    ("links", "as stated"): (0.7, 0.8, "logit"),
+    ("links", "ICI"): (0.7, 0.8, "logit"),
+    ("links", "data-centre"): (0.7, 0.8, "logit"),
+    ("links", "Infinity"): (0.5, 0.8, "logit"),
     ("latency", "NVLink"): (1.5, 0.8, "log"),
     ("latency", "InfiniBand"): (1.5, 0.8, "log"),
     ("latency", "as stated"): (1.5, 0.8, "log"),
@@ -58,9 +58,9 @@ PRIORS: dict[tuple[str, str], tuple[float, float, str]] = {
 }
 for family, low in (("Volta", None), ("Ampere", None), ("Hopper", 0.6), ("Grace Blackwell", 0.6), ("CDNA 3", 0.4),
                     ("TPU", None), ("TPU Trillium", None)):  # fmt: skip
-    PRIORS["families", f"{family}/matmul"] = ({"CDNA 3": 0.5}.get(family, 0.72), 0.15, "log")
+    PRIORS["families", f"{family}/matmul"] = ({"CDNA 3": 0.5}.get(family, 0.72), 0.6, "logit")
     if low:
-        PRIORS["families", f"{family}/matmul_low"] = (low, 0.2, "log")
+        PRIORS["families", f"{family}/matmul_low"] = (low, 0.6, "logit")
 for generation in ("eager", "unfused", "transformer-engine", "compiled", "xla"):
     PRIORS["generations", f"{generation}/fusion"] = ({"xla": 0.5, "compiled": 0.6, "transformer-engine": 0.7}.get(generation, 0.9), 0.3, "log")  # fmt: skip
     PRIORS["generations", f"{generation}/dp_overlap"] = (0.8, 1.0, "logit")
@@ -199,21 +199,28 @@ def main() -> None:
     parser.add_argument("--left-out", action="store_true")
     parser.add_argument("--rows", type=int, default=60)
     parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--start", type=Path, help="a saved vector (.npy) to start from")
-    parser.add_argument("--save", type=Path, default=Path("/tmp/fit_cost.npy"))
+    parser.add_argument("--start", type=Path, help="values saved by an earlier run")
+    parser.add_argument("--save", type=Path, default=Path("/tmp/fit_cost.json"))
     options = parser.parse_args()
     base = load_calibration()
     groups = load(options.table, base, options.rows)
-    start = np.load(options.start) if options.start else START
+    start = START.copy()
+    if options.start:
+        saved = json.loads(options.start.read_text(encoding="utf-8"))
+        for position, key in enumerate(KEYS):
+            kind = PRIORS[key][2]
+            if (value := saved.get("/".join(key))) is not None:
+                start[position] = forward(min(value, 0.97) if kind == "logit" else value, kind)
     x = fit(groups, base, start, options.steps) if options.steps else start
-    np.save(options.save, x)
+    values = {"/".join(k): backward(float(v), PRIORS[k][2]) for k, v in zip(KEYS, x, strict=True)}
+    options.save.write_text(json.dumps(values, indent=1), encoding="utf-8")
     for key, value in zip(KEYS, x, strict=True):
         print(f"{key[0]:12} {key[1]:32} {PRIORS[key][0]:10.4g} -> {backward(float(value), PRIORS[key][2]):10.4g}")
     final = calibration_of(x, base)
     digest = hashlib.sha256(options.table.read_bytes()).hexdigest()[:12]
     provenance = {
         "script": "benchmarks/fit_cost.py",
-        "date": datetime.datetime.now(tz=datetime.timezone.utc).date().isoformat(),
+        "date": datetime.datetime.now(tz=datetime.UTC).date().isoformat(),
         "table": f"{options.table.name} sha256 {digest}",
         "rows": str(sum(len(rows) for rows in groups.values())),
         "left_out": base.provenance.get("left_out", "not measured"),

@@ -142,7 +142,7 @@ def simulate(
     ]
     if schedule == "zerobubble":
         longer = _in_order(schedule, stages, ranks, chunks, shown + ranks, delay, 0)
-        period = max(max(work), (longer.end - result.end) / ranks)
+        period = max(*work, (longer.end - result.end) / ranks)
     else:
         period = max(work) if chunks > 1 or schedule == "gpipe" else _period(stages, delay)
     extra = skipped * period

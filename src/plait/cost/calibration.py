@@ -77,8 +77,12 @@ class Software(Record):
     sharded_state_bytes: float = 8.0
     sequence_parallel: bool = False
     """Used with tensor parallelism without being asked."""
-    logits_copies: float = 1.0
-    """Working copies of fp32 logits in the loss beyond the kept one."""
+    keeps_gathered: bool = False
+    """With sequence parallelism: gathered inputs are kept for the backward, not gathered again."""
+    fused_loss: bool = False
+    """A compiled loss keeps no logits in fp32."""
+    selective_keeps: float = 1.0
+    """Part of the matmul results that selective recomputation keeps."""
     parameters: dict[str, float] = field(default_factory=dict)
 
 

@@ -4,7 +4,8 @@
     gradients     held whole by zero < 2, sharded over fsdp from zero = 2 on
     optimizer     fp32 master and two moments, sharded over fsdp by any zero
     activations   saved bytes of each microbatch in flight at this pipeline position
-    transient     the larger of: gradient of the logits in fp32; one segment's activations while it is recomputed;
+    transient     the largest of: one segment's activations while it is recomputed, with the loss's own working copies
+                  of the logits (half precision, its gradient, the gradient in fp32); an operator's inputs and outputs;
                   with zero = 3 two segments' gathered weights and one's whole gradients beside it
     buffers       what pipeline neighbours send, twice
     overhead      allocator and libraries, fitted
@@ -55,9 +56,15 @@ def state_bytes(plan: Plan, software: Software) -> StateBytes:
     return StateBytes(software.weight_bytes, software.gradient_bytes, software.state_bytes, software.reduce_bytes, 2.0)
 
 
-def saved_bytes(work: Work, choice: str) -> float:
+def saved_bytes(work: Work, choice: str, software: Software) -> float:
     """Bytes that one microbatch keeps of a segment."""
-    return {"none": work.saved, "selective": work.saved_selective, "full": work.saved_full}[choice]
+    lost = work.loss_kept if software.fused_loss else 0.0
+    if choice == "none":
+        return work.saved - lost
+    if choice == "full":
+        return min(work.saved_full, work.saved - lost)
+    kept = work.saved_full + (work.saved_selective - work.saved_full) * software.selective_keeps
+    return min(kept, work.saved - lost)
 
 
 def _in_flight(plan: Plan, rank: int) -> float:
@@ -76,7 +83,6 @@ def rank_memory(
     *,
     dense: float,
     expert: float,
-    has_loss: bool,
     received: float,
 ) -> MemoryParts:
     """The parts on pipeline rank `rank`.
@@ -90,17 +96,15 @@ def rank_memory(
     weights = per.weight * (own if plan.zero == 3 else held)
     gradients = per.gradient * (own if plan.zero >= 2 else held)
     state = per.state * own
-    saved = sum(saved_bytes(work, choice) for work, choice in segments)
+    saved = sum(saved_bytes(work, choice, software) for work, choice in segments)
     activations = saved * _in_flight(plan, rank)
     working = 0.0
     gathered = 0.0
     for work, choice in segments:
-        if choice != "none":
-            working = max(working, work.saved - saved_bytes(work, choice))
-        working = max(working, work.transient / 2)
+        again = saved_bytes(work, "none", software) - saved_bytes(work, choice, software)
+        loss = work.logits * (0.5 if software.fused_loss else 1.0)  # a fused loss has no gradient in fp32
+        working = max(working, again + loss, work.transient / 2)
         gathered = max(gathered, work.dense_parameters + work.expert_parameters)
-    if has_loss:
-        working = max(working, software.logits_copies * max(work.logits for work, _ in segments))
     transient = working
     if plan.fsdp > 1 and plan.zero == 3:
         transient += gathered * (2 * per.gathered + per.gathered)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 from plait.errors import PlanError
@@ -64,4 +65,4 @@ def stage_bounds(cuts: Sequence[int], segments: int) -> list[tuple[int, int]]:
     if cuts and cuts[-1] >= segments:
         raise PlanError(f"plan: the cut at segment {cuts[-1]} is outside the model, which has {segments} segments")
     edges = [0, *cuts, segments]
-    return list(zip(edges, edges[1:], strict=False))
+    return list(itertools.pairwise(edges))

@@ -99,6 +99,7 @@ class Model:
             ep=plan.ep,
             precision=plan.precision,
             category=self.devices[0].category,
+            keeps_gathered=software.keeps_gathered,
         )
         self.groups = {
             "tp": self.group(plan.tp, 1),
@@ -115,6 +116,7 @@ class Model:
         self.spread = self.parameters[0]["spread"] * math.log2(nodes) if nodes > 1 else 0.0
 
     def group(self, size: int, stride: int) -> tuple[Hop, ...]:
+        """The network as `size` ranks, `stride` apart, use it."""
         return hops(self.cluster, size=size, stride=stride, efficiency=self.efficiency, latency=self.latency)
 
     def work(self, index: int) -> Work:
@@ -187,7 +189,9 @@ class Model:
             first += all_gather(work.tp_gathered, groups["tp"])
             second = sum(all_reduce(x, groups["tp"]) for x in work.tp_backward)
             second += all_gather(work.tp_gathered, groups["tp"])
-            if self.split.sequence_parallel:  # the gathered input is not kept: gathered again for the weight gradient
+            if (
+                self.split.sequence_parallel and not self.split.keeps_gathered
+            ):  # the gathered input is not kept: gathered again for the weight gradient
                 second += sum(all_gather(x, groups["tp"]) for x in work.tp_backward)
             if plan.pp > 1:  # ring steps of several communicators hold one another up
                 first += len(work.tp_forward) * (plan.tp - 1) * p["stall"]
@@ -283,8 +287,8 @@ def estimate(
     if plan.ep > 1 and plan.replicas % plan.ep:
         raise PlanError(f"plan: ep={plan.ep} does not divide dp x fsdp = {plan.replicas}")
     model = Model(graph, cluster, plan, batch, software, calibration, cache if cache is not None else Cache())
-    cuts = plan.cuts or default_cuts(graph, plan, model.split, model.cache)
-    plan = replace(plan, cuts=cuts) if plan.stages > 1 else plan
+    if plan.stages > 1 and not plan.cuts:
+        plan = replace(plan, cuts=default_cuts(graph, plan.stages))
     return finish(model, plan, place(model, plan), timeline)
 
 
@@ -294,21 +298,17 @@ def default_software(cluster: Cluster, calibration: Calibration) -> Software:
     return calibration.software_named("xla" if kind == "tpu" else "plait")
 
 
-def default_cuts(graph: Graph, plan: Plan, split: Split | None = None, cache: Cache | None = None) -> tuple[int, ...]:
-    """Cuts that even out FLOP and bytes moved; what a plan with stages and no cuts means."""
-    if plan.stages == 1:
-        return ()
-    split = split or Split(samples=graph.batch, precision=plan.precision)
-    cache = cache or Cache()
-    weights: dict[int, float] = {}
-    for segment in graph.segments:
-        if segment.equals not in weights:
-            w = cache.work(graph, segment.index, split)
-            # 200 FLOP for each byte: the ridge of current accelerators
-            flops = sum(p.matmul_flops + p.grouped_flops + p.attention_flops for p in (w.forward, w.backward))
-            moved = sum(p.memory_bytes for p in (w.forward, w.backward))
-            weights[segment.equals] = flops + 200 * moved
-    return balanced_cuts([weights[s.equals] for s in graph.segments], plan.stages)
+def default_cuts(graph: Graph, stages: int) -> tuple[int, ...]:
+    """First segments of stages 1, 2, ... of a plan that does not say: the slowest stage as fast as possible.
+
+    By FLOP and bytes, a byte counting as five FLOP (about a machine's balance): the same on every cluster, so that a
+    plan that leaves its cuts open means the same everywhere.
+    """
+    costs = [
+        s.flops + s.backward_flops + 15.0 * sum(op.read_bytes + op.write_bytes for op in s.operators) + 1.0
+        for s in graph.segments
+    ]
+    return balanced_cuts(costs, stages)
 
 
 @dataclass(frozen=True, slots=True)
@@ -437,7 +437,6 @@ def _after_backward(model: Model, plan: Plan, rank: int, dense: float, expert: f
 
 def _memory(model: Model, plan: Plan, bounds: list[tuple[int, int]], dense: list[float],
             expert: list[float]) -> tuple[MemoryParts, ...]:  # fmt: skip
-    count = len(model.graph.segments)
     parts = []
     for rank in range(plan.pp):
         own = [(first, last) for number, (first, last) in enumerate(bounds) if number % plan.pp == rank]
@@ -452,7 +451,6 @@ def _memory(model: Model, plan: Plan, bounds: list[tuple[int, int]], dense: list
                 segments,
                 dense=dense[rank],
                 expert=expert[rank],
-                has_loss=own[-1][1] == count,
                 received=received,
             )
         )

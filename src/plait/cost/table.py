@@ -11,11 +11,7 @@ from plait.errors import TableError
 
 __all__ = ["COLUMNS", "Row", "read_table"]
 
-_NUMBERS = (
-    "params_b,layers,hidden,ffn_hidden,heads,kv_heads,vocab,seq_len,moe_experts,moe_topk,n_accelerators,"
-    "nodes_gpus_per_node,micro_batch,global_batch,dp,tp,pp,cp,ep,virtual_pp,tokens_per_s_per_accel,step_time_s,"
-    "tflops_per_accel,mfu_pct,hfu_pct,peak_memory_gib"
-).split(",")  # fmt: skip  # noqa: SIM905 - the order of the table's header
+_NUMBERS = ("params_b", "layers", "hidden", "ffn_hidden", "heads", "kv_heads", "vocab", "seq_len", "moe_experts", "moe_topk", "n_accelerators", "nodes_gpus_per_node", "micro_batch", "global_batch", "dp", "tp", "pp", "cp", "ep", "virtual_pp", "tokens_per_s_per_accel", "step_time_s", "tflops_per_accel", "mfu_pct", "hfu_pct", "peak_memory_gib")  # fmt: skip
 _TEXTS = ("id", "source", "model_name", "accelerator", "accelerator_as_printed", "interconnect", "precision", "sharding",
           "activation_recompute", "notes", "apart")  # fmt: skip
 COLUMNS = (*_TEXTS, *_NUMBERS)

@@ -36,6 +36,8 @@ class Split:
     ep: int = 1
     precision: str = "bf16"
     category: str = "gpu"
+    keeps_gathered: bool = False
+    """With sequence parallelism: whether a split matmul keeps its gathered input, or gathers it again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +84,9 @@ class Work:
     transient: float
     """Bytes of the largest operator's inputs and outputs."""
     logits: float
-    """Bytes that the loss adds for a moment: the gradient of the logits in fp32 and in the matmul's precision."""
+    """Bytes that the loss adds for a moment: the logits and their gradient as the matmul has them, the gradient in fp32."""
+    loss_kept: float
+    """Part of `saved` that is the loss's own: the logits in fp32."""
     dense_parameters: float
     """Parameters that this device holds before fsdp: split by tp, experts not counted."""
     expert_parameters: float
@@ -173,7 +177,7 @@ class _Pass:
         self.tp_forward: list[float] = []
         self.tp_backward: list[float] = []
         self.gathered = self.ep_bytes = self.cp_bytes = 0.0
-        self.saved = self.saved_selective = self.transient = self.logits = 0.0
+        self.saved = self.saved_selective = self.transient = self.logits = self.loss_kept = 0.0
         self.dense = self.expert = self.model_flops = 0.0
         self.counted: set[str] = set()
 
@@ -206,6 +210,7 @@ class _Pass:
             saved_full=min(self.saved, live_in) if live_in else self.saved,
             transient=self.transient,
             logits=self.logits,
+            loss_kept=self.loss_kept,
             dense_parameters=self.dense,
             expert_parameters=self.expert,
             model_flops=self.model_flops,
@@ -333,7 +338,7 @@ class _Pass:
         self.transient = max(self.transient, moved * share)
         if op.kind == "loss":
             elements = max((x.numel for x in op.inputs), default=0) * self.scale * share
-            self.logits += elements * (4 + self.wide)
+            self.logits += elements * (4 + (2 * self.wide if self.wide < 4 else 0))
 
     def count_saved(self, op: Operator, share: float, outputs: float, *, is_linear: bool, arrives: bool,
                     result: bool) -> None:  # fmt: skip
@@ -341,8 +346,11 @@ class _Pass:
         width = self.wide / self.captured
         if op.kind == "loss" and self.captured == 4:
             width = 1.0
-        part = 1 / self.split.tp if arrives or self.split.sequence_parallel else 1.0
+        whole = is_linear and not arrives and self.split.keeps_gathered
+        part = 1 / self.split.tp if (arrives or self.split.sequence_parallel) and not whole else 1.0
         self.saved += op.saved_bytes * self.scale * width * part
+        if op.kind == "loss":
+            self.loss_kept += op.saved_bytes * self.scale * width * part
         if op.kind in ("attention", "conv") or is_linear:
             self.saved_selective += outputs * (
                 1 / self.split.tp

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from plait.errors import HardwareError
-from plait.hardware.tables import DATA, choice, number, rows
+from plait.hardware.tables import choice, number, rows, table_path
 from plait.schema.cluster import Device
 from plait.schema.records import Record
 from plait.units import GB, GIB, TERA
@@ -102,12 +102,13 @@ def _accelerator(where: str, cells: dict[str, str]) -> Accelerator:
 
 
 @functools.cache
-def load_accelerators(path: Path = DATA / "accelerators.csv") -> dict[str, Accelerator]:
+def load_accelerators(path: Path | None = None) -> dict[str, Accelerator]:
     """Every accelerator by name, checked.
 
     Raises:
         HardwareError: the table is unreadable, a name or alias is used twice, or a figure is absurd.
     """
+    path = path or table_path("accelerators.csv")
     found: dict[str, Accelerator] = {}
     owners: dict[str, str] = {}
     for where, cells in rows(path, _COLUMNS):

@@ -344,9 +344,9 @@ def _long_form(data: dict[str, Any]) -> dict[str, Any]:
         else:
             groups.append(group)
     links = []
-    for link in data.get("links") or ():
+    for given in data.get("links") or ():
+        link = dict(given) if isinstance(given, dict) else given
         if isinstance(link, dict):
-            link = dict(link)
             for short, long, scale in (("bandwidth_gbs", "bandwidth", GB), ("latency_us", "latency", 1e-6)):
                 if short in link:
                     value = link.pop(short)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from plait.errors import HardwareError
 from plait.hardware.catalogue import load_accelerators
-from plait.hardware.tables import DATA, number, rows
+from plait.hardware.tables import number, rows, table_path
 from plait.schema.records import Record
 from plait.units import GIB
 
@@ -55,12 +55,13 @@ class Offer(Record):
 
 
 @functools.cache
-def load_offers(path: Path = DATA / "offers.csv") -> tuple[Offer, ...]:
+def load_offers(path: Path | None = None) -> tuple[Offer, ...]:
     """Every offer, checked.
 
     Raises:
         HardwareError: the table is unreadable, an accelerator is unknown, or a key is used twice.
     """
+    path = path or table_path("offers.csv")
     known = load_accelerators()
     seen: set[tuple[str, ...]] = set()
     offers = []

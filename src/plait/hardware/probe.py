@@ -6,6 +6,7 @@ Everything is repeated and given with its spread. What cannot be measured raises
 from __future__ import annotations
 
 import datetime
+import functools
 import os
 import platform
 import socket
@@ -130,11 +131,16 @@ def _repeat(action: Callable[[], Any], *, budget: float, least: int = 3, most: i
 
 
 def _figure(name: str, seconds: list[float], unit: str, work: float) -> Measured:
-    """The figure `work` / median time; for times themselves `work` is 0."""
+    """The figure `work` / time; for times themselves `work` is 0.
+
+    The time is that of the first quartile: what is slower was interrupted by other work of the computer, and the spread
+    shows how much of that there was.
+    """
     middle = statistics.median(seconds)
-    if not middle > 0:
-        raise HardwareError(f"measuring {name} gave {middle} s: the clock is too coarse", hint="run the probe again")
-    value = work / middle if work else middle
+    quick = sorted(seconds)[(len(seconds) - 1) // 4]
+    if not quick > 0:
+        raise HardwareError(f"measuring {name} gave {quick} s: the clock is too coarse", hint="run the probe again")
+    value = work / quick if work else quick
     return Measured(
         name=name, value=value, unit=unit, spread=(max(seconds) - min(seconds)) / middle, repeats=len(seconds)
     )
@@ -173,7 +179,7 @@ def probe_machine(*, ranks: tuple[int, ...] = (2, 4), say: Callable[[str], None]
         memory_bytes=_memory(),
         backend="gloo",
         torch_version=str(torch.__version__),
-        date=datetime.datetime.now(tz=datetime.timezone.utc).date().isoformat(),
+        date=datetime.datetime.now(tz=datetime.UTC).date().isoformat(),
         seconds=time.perf_counter() - began,
         figures=tuple(figures),
         notes=tuple(notes),
@@ -191,7 +197,7 @@ def _compute(torch: Any, threads: int) -> list[Measured]:
                     continue
                 a, b = (torch.randn(size, size).to(dtype) for _ in range(2))
                 out = torch.empty(size, size, dtype=dtype)
-                seconds = _repeat(lambda a=a, b=b, out=out: torch.mm(a, b, out=out), budget=0.3)
+                seconds = _repeat(functools.partial(torch.mm, a, b, out=out), budget=0.3)
                 found.append(_figure(f"matmul/{name}/{size}/{where}", seconds, "FLOP/s", 2.0 * size**3))
         source, target = torch.ones(16 << 20), torch.empty(16 << 20)
         seconds = _repeat(lambda: target.copy_(source), budget=0.4)

@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 import csv
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from plait.errors import HardwareError
 
-__all__ = ["DATA", "choice", "number", "rows"]
+__all__ = ["DATA", "choice", "number", "own_folder", "rows", "table_path"]
 
 DATA = Path(__file__).parent / "data"
+
+
+def own_folder() -> Path:
+    """Where `plait hardware refresh` keeps newer tables."""
+    root = os.environ.get("PLAIT_CACHE") or os.environ.get("XDG_CACHE_HOME")
+    return (Path(root) if root else Path.home() / ".cache") / "plait" / "tables"
+
+
+def table_path(name: str) -> Path:
+    """The table called `name`: the refreshed one where there is one, else the shipped one."""
+    own = own_folder() / name
+    return own if own.is_file() else DATA / name
 
 
 def rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, dict[str, str]]]:

@@ -91,11 +91,16 @@ def mixed_recompute(model: Model, plan: Plan, limits: Sequence[float]) -> Plan |
         if excess <= 0:
             continue
         own = [i for n, (a, b) in enumerate(placed.bounds) if n % plan.pp == rank for i in range(a, b)]
-        in_flight = parts.activations / max(1.0, sum(saved_bytes(model.work(i), plan.recompute_of(i)) for i in own))
+        in_flight = parts.activations / max(
+            1.0, sum(saved_bytes(model.work(i), plan.recompute_of(i), model.software) for i in own)
+        )
         options = []
         for i in own:
             for choice in ("selective", "full"):
-                freed = (saved_bytes(model.work(i), "none") - saved_bytes(model.work(i), choice)) * in_flight
+                freed = (
+                    saved_bytes(model.work(i), "none", model.software)
+                    - saved_bytes(model.work(i), choice, model.software)
+                ) * in_flight
                 added = model.times(i, rank, choice).again
                 if freed > 0:
                     options.append((-freed / max(added, 1e-12), i, choice, freed))
