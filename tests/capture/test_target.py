@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from plait.capture.job import Job
-from plait.capture.target import load_target
+from plait.capture.target import check_target, load_target
 from plait.errors import PlanError, TargetError
 
 JOB = """
@@ -137,6 +137,21 @@ def test_a_mistake_is_answered_with_what_and_where(write, target: str, message: 
 
     assert caught.value.exit_status == 2
     assert sys.path == before
+
+
+def test_a_first_look_needs_no_torch(write):
+    """A missing file or function name is refused at once; what needs a look inside passes."""
+    write("raise ValueError", "mine.py")
+    for target, message in (
+        ("absent.py:job", "no such file"),
+        ("mine.py", "names no function"),
+        ("x?y", "not name=value"),
+    ):
+        with pytest.raises(TargetError, match=message):
+            check_target(target)
+
+    for target in ("mine.py:job", "package.module:job", "hf:llama"):
+        check_target(target)
 
 
 def test_an_error_meant_for_a_person_passes_as_it_is(write):

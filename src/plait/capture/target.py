@@ -19,7 +19,7 @@ from plait.capture.arguments import TargetText, convert, nearest
 from plait.capture.job import Job
 from plait.errors import PlaitError, TargetError
 
-__all__ = ["load_target"]
+__all__ = ["check_target", "load_target"]
 
 
 def load_target(text: str) -> Job:
@@ -37,13 +37,8 @@ def load_target(text: str) -> Job:
         from plait.capture.huggingface import transformers_job
 
         return transformers_job(target.place.removeprefix("hf:"), target.arguments)
-    place, colon, name = target.place.rpartition(":")
-    if not colon or not place or not name:
-        raise TargetError(
-            f"target {target.place!r} names no function",
-            hint=f"add the function that returns the plait.Job: {target.place.strip(':')}:job",
-        )
-    is_file = place.endswith(".py") or "/" in place or os.sep in place or Path(place).is_file()
+    place, name = _place_and_name(target.place)
+    is_file = _is_file(place)
     with _importable(Path(place).resolve().parent if is_file else Path.cwd()):
         module = _load_file(Path(place)) if is_file else _load_module(place)
         function = _function(module, name, place)
@@ -65,6 +60,40 @@ def load_target(text: str) -> Job:
     return job
 
 
+def check_target(text: str) -> None:
+    """Refuse what can be refused without importing torch or the user's code: a malformed TARGET, a file that is not there.
+
+    Raises:
+        TargetError: as `load_target` would.
+    """
+    target = TargetText.parse(text)
+    if target.place.startswith("hf:"):
+        return
+    place, _ = _place_and_name(target.place)
+    if _is_file(place) and not Path(place).is_file():
+        _no_such_file(Path(place))
+
+
+def _place_and_name(text: str) -> tuple[str, str]:
+    place, colon, name = text.rpartition(":")
+    if not colon or not place or not name:
+        raise TargetError(
+            f"target {text!r} names no function",
+            hint=f"add the function that returns the plait.Job: {text.strip(':')}:job",
+        )
+    return place, name
+
+
+def _is_file(place: str) -> bool:
+    return place.endswith(".py") or "/" in place or os.sep in place or Path(place).is_file()
+
+
+def _no_such_file(path: Path) -> NoReturn:
+    near = sorted(p.name for p in path.parent.glob("*.py")) if path.parent.is_dir() else []
+    what = "is a folder" if path.is_dir() else "no such file"
+    raise TargetError(f"target {path}: {what}{nearest(path.name, near)}", hint="the path is relative to here")
+
+
 @contextmanager
 def _importable(folder: Path) -> Iterator[None]:
     before = list(sys.path)
@@ -77,9 +106,7 @@ def _importable(folder: Path) -> Iterator[None]:
 
 def _load_file(path: Path) -> types.ModuleType:
     if not path.is_file():
-        near = sorted(p.name for p in path.parent.glob("*.py")) if path.parent.is_dir() else []
-        what = "is a folder" if path.is_dir() else "no such file"
-        raise TargetError(f"target {path}: {what}{nearest(path.name, near)}", hint="the path is relative to here")
+        _no_such_file(path)
     resolved = path.resolve()
     # The file's own name, as a sibling or a pickle would ask for it, unless something else has it already.
     name = resolved.stem
