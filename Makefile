@@ -11,7 +11,7 @@ export HF_HUB_OFFLINE ?= 1
 
 # About two minutes on two cores: a byte-level GPT on four processes, then the proof of the same plan.
 demo: $(STAMP)
-	$(BIN)/plait train "examples/gpt.py:job" --devices 4 --plan dp=2,pp=2 --steps 110 --batch 16 --run-dir runs/demo
+	$(BIN)/plait train "examples/gpt.py:job" --devices 4 --plan dp=2,pp=2 --steps 120 --batch 16 --run-dir runs/demo
 	$(BIN)/plait verify "examples/gpt.py:job?layers=4&width=64&length=32" --devices 4 --plan dp=2,pp=2 --steps 3 --batch 16
 
 test: $(STAMP)

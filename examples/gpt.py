@@ -1,6 +1,6 @@
 """A byte-level GPT on the source text of Python's own standard library.
 
-    plait train  "examples/gpt.py:job" --devices 4 --plan dp=2,pp=2 --steps 110 --batch 16
+    plait train  "examples/gpt.py:job" --devices 4 --plan dp=2,pp=2 --steps 120 --batch 16
     plait verify "examples/gpt.py:job?layers=4&width=64&length=32" --devices 4 --plan dp=2,pp=2
 
 With its defaults it has about 10 million parameters.

@@ -277,3 +277,21 @@ def test_unigram_entropy():
     """Of one letter nothing, of two equally often ln 2."""
     assert unigram_entropy(b"aaaa") == 0
     assert unigram_entropy(b"abab") == pytest.approx(math.log(2))
+
+
+def test_a_folder_with_a_tokenizer_reads_its_tokens(tmp_path: Path):
+    """The text becomes the tokenizer's tokens; one that does not fit the model is refused."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({"[UNK]": 0, "a": 1, "b": 2}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]").save_pretrained(tmp_path)
+    text = tmp_path / "text.txt"
+    text.write_text("a b c\nb a a\n" * 10)
+    folder = {"tokenizer": str(tmp_path), "length": 6}
+    inputs, _ = text_samples(needs("causal-lm", **folder), text)[0]
+
+    assert inputs["input_ids"].tolist() == [1, 2, 0, 2, 1, 1]
+    with pytest.raises(RequestError, match="the tokenizer gives token 2, the model's vocabulary has 2"):
+        text_samples(needs("causal-lm", vocabulary=2, **folder), text)
