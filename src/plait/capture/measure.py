@@ -1,7 +1,8 @@
 """What autograd would keep: the captured graph run once on fake tensors, at the captured size.
 
 Sets on every node `meta["requires_grad"]`, `meta["saved_bytes"]` (bytes kept for the backward that no earlier node
-keeps; parameters, buffers and inputs not counted) and `meta["specs"]` (name, concrete shape and dtype of its tensors).
+keeps; parameters, buffers and inputs not counted), `meta["specs"]` (name, concrete shape and dtype of its tensors) and
+`meta["storages"]` (numbers that views of the same memory have in common).
 """
 
 from __future__ import annotations
@@ -99,6 +100,7 @@ class _Measuring(fx.Interpreter):
             self.kept |= {t.untyped_storage()._cdata for t in tensors}
         n.meta["requires_grad"] = any(t.requires_grad for t in tensors)
         n.meta["saved_bytes"] = self._saved
+        n.meta["storages"] = frozenset(t.untyped_storage()._cdata for t in tensors)
         n.meta["specs"] = tuple(
             TensorSpec(
                 name=n.name if len(tensors) == 1 else f"{n.name}.{i}",

@@ -7,13 +7,26 @@ from torch import fx
 
 from plait.capture.program import Program
 
-__all__ = ["is_mutating", "is_random", "preludes"]
+__all__ = ["is_mutating", "is_random", "preludes", "written_by"]
 
 
 def is_mutating(node: fx.Node) -> bool:
     """Whether an operator writes into one of its arguments (torch's schema says so)."""
     schema = getattr(node.target, "_schema", None)
     return schema is not None and bool(schema.is_mutable)
+
+
+def written_by(node: fx.Node) -> list[fx.Node]:
+    """The arguments that an operator writes into."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is None or not schema.is_mutable:
+        return []
+    found = []
+    for i, argument in enumerate(schema.arguments):
+        value = node.args[i] if i < len(node.args) else node.kwargs.get(argument.name)
+        if argument.alias_info is not None and argument.alias_info.is_write and value is not None:
+            found += [v for v in (value if isinstance(value, list | tuple) else (value,)) if isinstance(v, fx.Node)]
+    return found
 
 
 def preludes(program: Program) -> set[fx.Node]:

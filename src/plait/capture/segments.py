@@ -13,7 +13,7 @@ from itertools import pairwise
 import torch
 from torch import fx
 
-from plait.capture.prelude import preludes
+from plait.capture.prelude import preludes, written_by
 from plait.capture.program import Program
 from plait.capture.work import flops_of
 
@@ -68,7 +68,8 @@ def mark_segments(program: Program) -> None:
     """Sets `meta["segment"]` on every node (placeholders and preludes: -1)."""
     nodes = list(program.module.graph.nodes)
     free = preludes(program) | {n for n in nodes if n.op in ("placeholder", "get_attr")}
-    cuts = set(_choose(nodes, free, live_at(program)))
+    live = live_at(program)
+    cuts = set(_choose(nodes, free, live, _barred(program, nodes, live)))
     segment = 0
     for i, node in enumerate(nodes):
         if i in cuts:
@@ -76,11 +77,41 @@ def mark_segments(program: Program) -> None:
         node.meta["segment"] = -1 if node in free else segment
 
 
-def _choose(nodes: list[fx.Node], free: set[fx.Node], live: list[set[fx.Node]]) -> list[int]:
+def _barred(program: Program, nodes: list[fx.Node], live: list[set[fx.Node]]) -> set[int]:
+    """Positions where a cut would part what is one memory.
+
+    A view of a parameter is not carried over: FSDP frees the whole parameter behind its segment. Of several live
+    views of a memory that is written later, the copies on the other side would not see the write. A buffer (or an
+    input) that is written has all its uses on one side.
+    """
+    places = program.placeholders
+    parameters: set[int] = set()
+    for node in nodes:
+        if node.op == "placeholder" and places[node.name].kind == "parameter":
+            parameters |= node.meta["storages"]
+    written: dict[int, int] = {}
+    for i, node in enumerate(nodes):
+        for argument in written_by(node):
+            written |= dict.fromkeys(argument.meta["storages"], i)
+    barred: set[int] = set()
+    order = {node: i for i, node in enumerate(nodes)}
+    for node in nodes:
+        if node.op == "placeholder" and node.users and node.meta.get("storages", frozenset()) & written.keys():
+            uses = [order[user] for user in node.users]
+            barred.update(range(min(uses) + 1, max(uses) + 1))
+    for i, values in enumerate(live):
+        storages = [s for node in values for s in node.meta.get("storages", ())]
+        twice = {s for s in storages if storages.count(s) > 1} if len(set(storages)) < len(storages) else set()
+        if parameters.intersection(storages) or any(written.get(s, -1) >= i for s in twice):
+            barred.add(i)
+    return barred
+
+
+def _choose(nodes: list[fx.Node], free: set[fx.Node], live: list[set[fx.Node]], barred: set[int]) -> list[int]:
     """Positions to cut in front of: level by level of the module tree, inside what still holds too much work."""
     work = [i for i, node in enumerate(nodes) if node not in free and node.op == "call_function"]
     by_depth: dict[int, list[int]] = defaultdict(list)
-    for position, depth in _narrow(nodes, work, live):
+    for position, depth in _narrow(nodes, work, live, barred):
         by_depth[depth].append(position)
     running = [0.0]
     for node in nodes:
@@ -115,7 +146,9 @@ def _thin(cuts: list[int], most: int) -> list[int]:
     return sorted({cuts[int(i * step)] for i in range(most - 1)})
 
 
-def _narrow(nodes: list[fx.Node], work: list[int], live: list[set[fx.Node]]) -> list[tuple[int, int]]:
+def _narrow(
+    nodes: list[fx.Node], work: list[int], live: list[set[fx.Node]], barred: set[int]
+) -> list[tuple[int, int]]:
     """(position, module depth) of the local minima of the live bytes and of single live tensors.
 
     Of a plateau, each change of module.
@@ -133,7 +166,7 @@ def _narrow(nodes: list[fx.Node], work: list[int], live: list[set[fx.Node]]) -> 
         tail_is_output = stop + 1 >= len(work) and sizes[start] == 0
         narrow = not lower_before and not lower_after
         if (narrow or any(len(live[work[k]]) == 1 for k in range(start, stop + 1))) and not tail_is_output:
-            places = [k for k in range(start, stop + 1) if _cuttable(live[work[k]])]
+            places = [k for k in range(start, stop + 1) if work[k] not in barred and _cuttable(live[work[k]])]
             borders = [k for k in places if _is_border(nodes, work, k)]
             if narrow:
                 borders = borders or places[-1:]

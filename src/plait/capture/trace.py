@@ -32,7 +32,7 @@ from plait.capture.segments import mark_segments
 from plait.capture.work import build_graph
 from plait.errors import CaptureError, TargetError
 
-__all__ = ["call_model", "loss_of", "path_name", "tied_names", "trace"]
+__all__ = ["call_model", "loss_of", "path_name", "tied_names", "trace", "user_line"]
 
 _DROPPED = {
     "aten._assert_tensor_metadata.default",
@@ -60,6 +60,23 @@ def trace(
             names the user's line.
     """
     size = batches.batch_size(job) if batch is None else batch
+    if size == 1:
+        try:
+            return _trace(job, module, 1, time_limit, say)
+        except CaptureError:
+            # Some operators refuse one sample (batch norm) that is one of several over all replicas: a capture with an
+            # open batch then serves it.
+            program = _trace(job, module, 2, time_limit, say)
+            if not program.dynamic:
+                raise
+            program.sizes = (1, program.sizes[1])
+            return program
+    return _trace(job, module, size, time_limit, say)
+
+
+def _trace(
+    job: Job, module: nn.Module | None, size: int, time_limit: float, say: Callable[[str], None] | None
+) -> Program:
     if module is None:
         from plait.capture.build import build
 
@@ -227,13 +244,19 @@ def _announced(say: Callable[[str], None] | None, limit: float) -> Iterator[None
             say(f"captured in {time.monotonic() - begin:.1f} s")
 
 
-def _explained(problem: BaseException) -> CaptureError:
-    """The error with the user's own line: the last frame of the traceback outside torch and plait."""
+def user_line(problem: BaseException) -> str:
+    """`file:line: code` of the last frame of the traceback outside torch and plait, '' if there is none."""
     where = ""
     for frame in traceback.extract_tb(problem.__traceback__):
         path = frame.filename.replace("\\", "/")
         if "/torch/" not in path and "/plait/" not in path and not path.startswith("<"):
             where = f"{frame.filename}:{frame.lineno}: {frame.line}"
+    return where
+
+
+def _explained(problem: BaseException) -> CaptureError:
+    """The error with the user's own line."""
+    where = user_line(problem)
     user_code = [line.strip() for line in str(problem).splitlines() if line.strip().startswith('File "')]
     if not where and user_code:
         where = user_code[-1]

@@ -14,6 +14,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -229,13 +230,16 @@ class _Filler:
         whole = self._constants[name] if kind == "constant" else self._built.value(name)
         layout = self._layouts.get(name) or Layout.full(tuple(whole.shape))
         self.layouts[name] = layout
-        tensor = layout.take(whole).to(self._world.device)
+        # FSDP takes contiguous parameters only; where values lie in memory changes no result.
+        tensor = layout.take(whole).to(self._world.device).contiguous()
         if kind == "parameter":
             return nn.Parameter(tensor, requires_grad=self._built.trains(name))
         return tensor
 
     def _shard(self, modules: list[Any]) -> None:
         assert self._world.mesh is not None
+        # FSDP warns of writes into what a unit gives back; units copy what they write into (run/stages.py).
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
         mesh = self._world.mesh["dp", "fsdp"] if self._plan.dp > 1 else self._world.mesh["fsdp"]
         # FSDP shards rows; a parameter without any (a scalar) stays whole and is reduced like a replica's.
         scalars = {p for m in modules for p in m.parameters() if p.dim() == 0}

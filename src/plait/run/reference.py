@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import zlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -89,7 +90,10 @@ def run_reference(
     every = [part for row in table for part in row]
     whole_loss = _loss_only(job, module, plan, first, [(0, samples)], quiet)
     cut_loss = _loss_only(job, module, plan, first, rows, quiet)
-    part_loss = _loss_only(job, module, plan, first, every, quiet)
+    try:
+        part_loss = _loss_only(job, module, plan, first, every, quiet)
+    except Exception:  # one replica's part alone may be too small (batch norm over a single sample); it only explains
+        part_loss = math.nan
     depends = abs(whole_loss - cut_loss) > 1e-5 * max(1.0, abs(whole_loss))
     bounds = rows if depends else [(0, samples)]
 
@@ -111,10 +115,10 @@ def run_reference(
         if step == 0:
             gradients = {n: g.detach().clone() for n, g in now.items()}
         count = sum(g.numel() for g in now.values())
-        rms_now = (sum(float(g.double().square().sum()) for g in now.values()) / max(1, count)) ** 0.5
+        rms_now = (sum(float(g.abs().double().square().sum()) for g in now.values()) / max(1, count)) ** 0.5
         rms = rms_now if step == 0 else rms
         for name, gradient in now.items():
-            size = max(float(gradient.square().mean().sqrt()), GRADIENT_FLOOR * rms_now)
+            size = max(float(gradient.abs().double().square().mean().sqrt()), GRADIENT_FLOOR * rms_now)
             # An exact zero (a row of a table that was not looked up) is no rounding noise.
             above = (gradient.abs() >= UNRESOLVED * size) | (gradient == 0)
             resolved[name] = above if name not in resolved else resolved[name] & above
@@ -158,11 +162,11 @@ def _rounding(
     module.zero_grad()
     aliases = tied_names(module)
     factor = _clip_factor(job, found[0])
-    return {aliases.get(n, n): factor * float((g - found[1][n]).double().norm()) for n, g in found[0].items()}
+    return {aliases.get(n, n): factor * float((g - found[1][n]).abs().double().norm()) for n, g in found[0].items()}
 
 
 def _clip_factor(job: Job, gradients: dict[str, torch.Tensor]) -> float:
-    norm = sum(float(g.double().square().sum()) for g in gradients.values()) ** 0.5
+    norm = sum(float(g.abs().double().square().sum()) for g in gradients.values()) ** 0.5
     return 1.0 if job.clip_norm is None else min(1.0, job.clip_norm / (norm + 1e-6))
 
 

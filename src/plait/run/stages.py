@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from plait.capture.prelude import written_by
 from plait.capture.program import Placeholder
 from plait.schema import Graph, Plan
 
@@ -313,6 +314,13 @@ def _make_unit(
             made[node] = graph.get_attr(name)
         return made[node]
 
+    # What arrives and is written into here is copied first: the sender's memory, a leaf that autograd waits at, and a
+    # recomputation that starts from the same values need it as it came.
+    written = {s for n in part for argument in written_by(n) for s in argument.meta.get("storages", ())}
+    for node in values:
+        if written & node.meta.get("storages", frozenset()):
+            made[node] = graph.call_function(torch.ops.aten.clone.default, (made[node],))
+            made[node].meta = dict(node.meta)
     for node in part:
         if node.op == "get_attr":
             mapped(node)

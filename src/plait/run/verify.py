@@ -12,6 +12,8 @@ import torch.distributed as dist
 from plait.capture import batch as batches
 from plait.capture.build import build
 from plait.capture.job import Job
+from plait.capture.trace import user_line
+from plait.errors import PlaitError, TargetError
 from plait.run.randomness import NoRandomness, reseed_python
 from plait.run.reference import GRADIENT_FLOOR, ROUNDING, Reference, batch_of_step, moved, reference_module, run_reference
 from plait.run.start import Run, start
@@ -73,8 +75,13 @@ def verify(
     if world.rank == 0:
         try:
             reference = run_reference(job, reference_module(job, seed), bound, samples, steps, NoRandomness)
-        except Exception as error:  # the others must hear of it instead of waiting
+        except PlaitError as error:  # the others must hear of it instead of waiting
             problem = error
+        except Exception as error:
+            problem = TargetError(
+                f"job: the model itself raises on one device: {type(error).__name__}: {str(error).splitlines()[0][:200]}"
+                f"\n\n  {user_line(error)}"
+            )
     reference = _shared(reference, problem, world)
     reseed_python()
     run = start(job, bound, batch=samples, seed=seed, world=world, change=moved)
@@ -111,7 +118,7 @@ class _Sum:
 
 
 def _square(tensor: torch.Tensor) -> float:
-    return float(tensor.double().square().sum())
+    return float(tensor.abs().double().square().sum())
 
 
 def _gradient_errors(run: Run, reference: Reference) -> dict[str, _Sum]:
@@ -184,7 +191,8 @@ def _verdict(
     own_parameters: dict[str, _Sum],
 ) -> Verdict:
     floor = GRADIENT_FLOOR * reference.gradient_rms
-    tolerance = TOLERANCE[plan.precision]
+    low = {p.dtype for p in run.graph.parameters} & {"bfloat16", "float16"}
+    tolerance = TOLERANCE["bf16" if low else plan.precision]
     gradients = {
         n: _relative(s, max(floor * math.sqrt(s.count), ROUNDING / tolerance * reference.rounding.get(n, 0.0)))
         for n, s in _gathered(own_gradients, run).items()
@@ -214,7 +222,7 @@ def _verdict(
         microbatches_on_one_device=reference.cut_into,
         unresolved_elements=sum(s.left_out for s in sums.values()),
         parameters=len(parameters),
-        notes=_notes(run, reference, missing, ok),
+        notes=_notes(run, reference, missing, ok, tolerance),
     )
 
 
@@ -226,8 +234,10 @@ def _within(error: float, tolerance: float) -> bool:
     return not math.isnan(error) and error <= tolerance
 
 
-def _notes(run: Run, reference: Reference, missing: list[str], ok: bool) -> list[str]:
+def _notes(run: Run, reference: Reference, missing: list[str], ok: bool, tolerance: float) -> list[str]:
     notes = list(run.applied.notes)
+    if tolerance > TOLERANCE[run.plan.precision]:
+        notes.append(f"the model has parameters of 8 or 11 bits of mantissa, and so the tolerance is {tolerance:g}")
     if reference.cut_into > 1:
         notes.append(
             f"the model's result depends on how a batch is cut (batch norm, or a batch-wide loss): one device "
@@ -236,7 +246,8 @@ def _notes(run: Run, reference: Reference, missing: list[str], ok: bool) -> list
     if missing:
         notes.append(f"no gradient arrived at: {', '.join(missing[:5])}")
     first = reference.losses[0]
-    if not ok and abs(reference.part_loss - first) > 1e-4 * max(1.0, abs(first)) and not run.has_batch_norm:
+    apart = abs(reference.part_loss - first)
+    if not ok and apart > 10 * tolerance * max(1.0, abs(first)) and not run.has_batch_norm:
         notes.append(
             f"the loss is no weighted mean of its parts: over the parts of this plan it is {reference.part_loss:.6g}, "
             f"over the batch {first:.6g}; use fewer replicas and microbatches, or set loss_weight in the Job"
