@@ -28,7 +28,7 @@ from scipy.optimize import least_squares
 from plait.cost.architecture import build_graph
 from plait.cost.calibration import DATA, Calibration, load_calibration
 from plait.cost.case import SkipRow, case_of
-from plait.cost.step import Cache, estimate
+from plait.cost.step import Cache, default_cuts, estimate
 from plait.cost.table import read_table
 from plait.cost.validate import _measured, predict_case, validate
 from plait.errors import PlaitError
@@ -152,6 +152,8 @@ def load(path: Path, base: Calibration, most: int):
             continue
         if case.open_recompute:
             case = replace(case, plan=replace(case.plan, recompute=plan.recompute), open_recompute=False)
+        if case.plan.stages > 1 and not case.plan.cuts:
+            case = replace(case, plan=replace(case.plan, cuts=default_cuts(graph, case.plan.stages)))
         groups[row.group, row.text("accelerator")].append((graph, cache, case, seconds))
     random.seed(0)
     return {k: v if len(v) <= most * (3 if k[0] == "nanotron" else 1) else random.sample(v, most * (3 if k[0] == "nanotron" else 1)) for k, v in groups.items()}

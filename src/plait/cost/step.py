@@ -383,12 +383,13 @@ def finish(model: Model, plan: Plan, placed: _Placed, keep: int = 0) -> Estimate
     busy = plan.microbatches * (compute[slow] + again[slow] + exposed[slow])
     bubble = max(0.0, end - shown - optimizer - busy)
     cores = model.cluster.shared_cores
+    sharing = 0.0
     if cores is not None and plan.devices > cores:
         # Processes share cores: all of them together cannot be faster than the cores.
         total = sum(plan.microbatches * (compute[r] + again[r]) + tails[r][2] for r in range(plan.pp))
-        bubble += max(0.0, total * (plan.devices / plan.pp) / cores - end)
+        sharing = max(0.0, total * (plan.devices / plan.pp) / cores - end)
     breakdown = Breakdown(
-        compute=plan.microbatches * compute[slow],
+        compute=plan.microbatches * compute[slow] + sharing,
         recompute=plan.microbatches * again[slow],
         communication_exposed=plan.microbatches * exposed[slow] + shown,
         communication_hidden=plan.microbatches * hidden[slow] + hid,
