@@ -30,7 +30,7 @@ def estimate(
     from plait.schema import Plan as Record
 
     with only_result_on_stdout(json):
-        from plait.cli.graphs import graph_of
+        from plait.capture.graphs import graph_of
 
         where, spread = cluster_of(cluster), Record.load(plan)
         graph, own = graph_of(target)

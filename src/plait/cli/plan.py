@@ -41,7 +41,7 @@ def plan(
     from plait.plan.space import Space
 
     with only_result_on_stdout(json):
-        from plait.cli.graphs import graph_of
+        from plait.capture.graphs import graph_of
 
         where = cluster_of(cluster)
         graph, own = graph_of(target)

@@ -7,13 +7,14 @@ Under torchrun (or any launcher that sets RANK and WORLD_SIZE) this process is o
 from __future__ import annotations
 
 import datetime
+import json as json_module
 import os
 from pathlib import Path
 from typing import Any
 
 from plait.errors import PlanError
 from plait.run.processes import spawn
-from plait.schema import Plan
+from plait.schema import Estimate, Plan
 
 __all__ = ["run_train", "run_verify", "under_launcher"]
 
@@ -77,12 +78,29 @@ def run_train(
     **options: Any,
 ) -> dict[str, Any] | None:
     """`plait train`: a summary as plain values, by the first process."""
-    bound = bound_plan(plan, devices)
+    chosen = _chosen(target, devices, options.get("batch")) if plan == "auto" else None
+    bound = bound_plan(plan, devices) if chosen is None else chosen.plan
     if bound.cp > 1 or bound.ep > 1:
         raise PlanError("plan: cp and ep can be planned but not run yet", hint="use cp=1,ep=1")
     folder = run_dir or Path("runs") / f"{_slug(target)}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
     result = in_processes(_train_here, (target, bound, folder, data, {**options, "quiet": json}), bound.devices)
-    return None if result is None else dict(result)
+    if result is None:
+        return None
+    if chosen is not None:
+        from plait.run.choose import side_by_side
+
+        result["prediction"] = side_by_side(chosen, result["measured"])
+        (folder / "prediction.json").write_text(json_module.dumps(result["prediction"], indent=1), encoding="utf-8")
+    return dict(result)
+
+
+def _chosen(target: str, devices: int | None, batch: int | None) -> Estimate:
+    """The searched plan for this computer's processes (one if neither --devices nor a launcher says)."""
+    size = under_launcher() or devices or 1
+    from plait.run.choose import choose, choose_in_process
+
+    # Under a launcher every process searches for itself: the same graph, probe and search, so the same plan.
+    return choose_in_process(target, size, batch) if under_launcher() else choose(target, size, batch)
 
 
 def _train_here(target: str, plan: Plan, folder: Path, data: Path | None, options: dict[str, Any]) -> dict[str, Any]:
@@ -124,5 +142,5 @@ def _write_certificate(path: Path, target: str, plan: Plan, result: dict[str, An
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_suffix(".tmp")
-    aside.write_text(json.dumps(record, indent=1), encoding="utf-8")
+    aside.write_text(json_module.dumps(record, indent=1), encoding="utf-8")
     os.replace(aside, path)

@@ -102,6 +102,7 @@ def _loop(
 ) -> dict[str, Any]:
     tokens_per_sample = run.tokens_per_sample
     losses: list[float] = []
+    times: list[float] = []
     evaluations: list[dict[str, float]] = []
     begin = last_save = time.monotonic()
     samples_seen = 0
@@ -114,6 +115,7 @@ def _loop(
         seconds = time.monotonic() - step_begin
         samples_seen += samples
         losses.append(loss)
+        times.append(seconds)
         if run.steps_done % options.log_every == 0 or run.steps_done == total:
             log.step(run.steps_done, loss, samples / seconds, samples * tokens_per_sample / seconds, run.learning_rate)
         else:
@@ -142,9 +144,17 @@ def _loop(
         "parameters": sum(p.numel for p in run.graph.parameters),
         "captured": run.captured,
         "run_dir": str(options.run_dir),
+        "measured": _measured(times, size, tokens_per_sample),
         "losses": losses,
         "evaluations": evaluations,
     }
+
+
+def _measured(times: list[float], size: int, tokens_per_sample: int) -> dict[str, float]:
+    """In the fields of `Estimate`; the first steps, which warm up, left out where there are enough."""
+    usual = sorted(times[3:] or times)
+    step = usual[len(usual) // 2] if usual else math.nan
+    return {"step_time_s": step, "tokens_per_s": size * tokens_per_sample / step}
 
 
 def _until(source: Batches, run: Run, total: int) -> Iterator[Batch]:

@@ -1,0 +1,85 @@
+"""`--plan auto`: measure this computer if that was not done yet, search, and say what was chosen and why."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from typing import Any
+
+from plait.errors import PlanError
+from plait.plan.search import SearchResult, search
+from plait.plan.space import Space
+from plait.run.processes import spawn
+from plait.schema import Estimate
+
+__all__ = ["choose", "choose_in_process", "side_by_side"]
+
+
+def choose(target: str, devices: int, batch: int | None) -> Estimate:
+    """The fastest plan that fits `devices` processes of this computer and that plait can run, with its estimate.
+
+    Runs in a process of its own: the caller stays free of torch.
+
+    Raises:
+        PlanError: nothing fits.
+    """
+    found: Estimate = spawn(choose_in_process, devices=1, args=(target, devices, batch), threads=0)[0]
+    return found
+
+
+def choose_in_process(target: str, devices: int, batch: int | None) -> Estimate:
+    """As `choose`, in this process."""
+    from plait.capture.graphs import graph_of
+    from plait.hardware.local import cluster_of
+    from plait.hardware.probe import load_probe, probe_machine, save_probe
+
+    probe = load_probe()
+    if probe is None:
+        _say("measuring this computer once (about a minute; kept for the next time)")
+        probe = probe_machine(say=_say)
+        save_probe(probe)
+    graph, own = graph_of(target)
+    size = batch or own
+    result = search(graph, cluster_of(probe, devices), batch=size, precision="fp32", space=Space(executable=True))
+    for line in _told(result):
+        _say(line)
+    return _runnable(result, size)
+
+
+def _runnable(result: SearchResult, batch: int) -> Estimate:
+    for found in result.plans:
+        try:
+            return replace(found, plan=found.plan.bound(batch=batch), timeline=())
+        except PlanError:
+            continue
+    raise PlanError(f"plan: none of the plans found can run a batch of {batch}", hint="use a larger --batch")
+
+
+def _told(result: SearchResult) -> list[str]:
+    lines = ["plans by predicted time of a step:"]
+    for found in result.plans:
+        lines.append(f"  {1e3 * found.step_time_s:9.1f} ms  {found.peak_memory / 2**30:6.2f} GiB  {found.plan.spec()}")
+    return lines
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def side_by_side(predicted: Estimate, measured: dict[str, Any]) -> dict[str, Any]:
+    """Prediction beside measurement, with the error of each in per cent."""
+    rows: dict[str, Any] = {}
+    for name, value in measured.items():
+        expected = _predicted(predicted, name)
+        error = None if expected is None or not value else 100 * (expected - value) / value
+        rows[name] = {"predicted": expected, "measured": value, "error_pct": error}
+    return rows
+
+
+def _predicted(estimate: Estimate, name: str) -> float | None:
+    if name == "peak_memory":
+        return estimate.peak_memory
+    if name in ("step_time_s", "tokens_per_s"):
+        return float(getattr(estimate, name))
+    parts = estimate.breakdown
+    return float(getattr(parts, name)) if hasattr(parts, name) else None
