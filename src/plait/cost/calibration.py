@@ -18,7 +18,8 @@ Parameters and their unit:
     kernel         s, least time of one kernel on the device
     launch         s, host time to start one operator; the longer of host and device counts
     launch_collective  s, host time to start one collective
-    stall          s, added to each ring step of a tp collective where a pipeline's sends run as well
+    stall          s, host time added to each ring step of a tp collective where a pipeline's sends run as well
+    tp_crossing    further fraction of the bandwidth between nodes that a tp collective, which nothing overlaps, reaches
     messages       messages for each segment in which gradients and updated weights travel
     step           s, host time of a step outside the model
     tp_overlap, dp_overlap, cp_overlap, ep_overlap, pp_overlap

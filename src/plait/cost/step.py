@@ -102,7 +102,7 @@ class Model:
             keeps_gathered=software.keeps_gathered,
         )
         self.groups = {
-            "tp": self.group(plan.tp, 1),
+            "tp": self.group(plan.tp, 1, {"site": self.parameters[0]["tp_crossing"]}),
             "cp": self.group(plan.cp, plan.tp),
             "ep": self.group(plan.ep, plan.tp * plan.cp),
             "fsdp": self.group(plan.fsdp * plan.cp, plan.tp),
@@ -115,9 +115,10 @@ class Model:
         nodes = plan.devices / cluster.node_size
         self.spread = self.parameters[0]["spread"] * math.log2(nodes) if nodes > 1 else 0.0
 
-    def group(self, size: int, stride: int) -> tuple[Hop, ...]:
-        """The network as `size` ranks, `stride` apart, use it."""
-        return hops(self.cluster, size=size, stride=stride, efficiency=self.efficiency, latency=self.latency)
+    def group(self, size: int, stride: int, slower: Mapping[str, float] | None = None) -> tuple[Hop, ...]:
+        """The network as `size` ranks, `stride` apart, use it; `slower` are further factors by level."""
+        efficiency = {level: value * (slower or {}).get(level, 1.0) for level, value in self.efficiency.items()}
+        return hops(self.cluster, size=size, stride=stride, efficiency=efficiency, latency=self.latency)
 
     def work(self, index: int) -> Work:
         """The work of segment `index` under this plan."""
@@ -160,8 +161,12 @@ class Model:
         sharded = 1 if self.plan.fsdp > 1 and self.plan.zero == 3 else 0
         first, second = len(work.tp_forward) + sharded, len(work.tp_backward) + 2 * sharded
         redo = work.forward if choice == "full" else work.again_selective if choice == "selective" else Pass()
-        forward = max(forward, host_seconds(work.forward, at, first) - shown_f)
-        backward = max(backward, host_seconds(work.backward + redo, at, second) - shown_b - again)
+        # Where a pipeline's sends run as well, ring steps of several communicators hold one another up.
+        stall = p["stall"] * (self.plan.tp - 1) if self.plan.pp > 1 else 0.0
+        host_f = host_seconds(work.forward, at, first) + stall * len(work.tp_forward)
+        host_b = host_seconds(work.backward + redo, at, second) + stall * len(work.tp_backward)
+        forward = max(forward, host_f - shown_f)
+        backward = max(backward, host_b - shown_b - again)
         if self.plan.microbatches > 1 or self.plan.precision != "fp32":
             # adding this microbatch's gradients to the others'
             held = work.dense_parameters + work.expert_parameters
@@ -193,9 +198,6 @@ class Model:
                 self.split.sequence_parallel and not self.split.keeps_gathered
             ):  # the gathered input is not kept: gathered again for the weight gradient
                 second += sum(all_gather(x, groups["tp"]) for x in work.tp_backward)
-            if plan.pp > 1:  # ring steps of several communicators hold one another up
-                first += len(work.tp_forward) * (plan.tp - 1) * p["stall"]
-                second += len(work.tp_backward) * (plan.tp - 1) * p["stall"]
             add(first, forward, "tp", is_forward=True)
             add(second + (first if choice == "full" else 0.0), backward, "tp", is_forward=False)
         if plan.ep > 1 and work.ep_bytes:
