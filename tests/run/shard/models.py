@@ -238,3 +238,154 @@ def decoder_heads() -> Built:
 def decoder_odd_heads() -> Built:
     """Three heads on two ranks."""
     return Decoder(width=24, heads=3), _tokens()
+
+
+class Residual(nn.Module):
+    """Two convolutions with batch norm, in-place activations and a shortcut."""
+
+    def __init__(self, channels: int, out: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, out, 3, stride, 1, bias=False)
+        self.conv2 = nn.Conv2d(out, out, 3, 1, 1)
+        self.norm1, self.norm2 = nn.BatchNorm2d(out), nn.BatchNorm2d(out)
+        self.short = nn.Conv2d(channels, out, 1, stride)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = functional.relu(self.norm1(self.conv1(x)), inplace=True)
+        y = self.norm2(self.conv2(y))
+        y += self.short(x)
+        return functional.relu_(y)
+
+
+class ConvNet(nn.Module):
+    """A small residual network with a depthwise layer, group norm and pooling."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(Residual(3, 16, 1), nn.MaxPool2d(2), Residual(16, 32, 2))
+        self.wide, self.deep = nn.Conv2d(32, 64, 1), nn.Conv2d(64, 64, 3, padding=1, groups=64)
+        self.norm, self.narrow, self.head = nn.GroupNorm(8, 64), nn.Conv2d(64, 32, 1), nn.Linear(32, 10)
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        x = self.body(x)
+        x = self.narrow(functional.silu(self.norm(self.deep(self.wide(x)))))
+        return functional.cross_entropy(self.head(x.mean((2, 3))), y)
+
+
+def convnet() -> Built:
+    """Convolutions, batch norm's running statistics, in-place activations."""
+    return ConvNet(), {"x": torch.randn(4, 3, 16, 16), "y": torch.tensor([1, 2, 3, 4])}
+
+
+class InPlace(nn.Module):
+    """Writes into values that others read, before and after."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(16, 32), nn.Linear(32, 16)
+        self.other, self.back = nn.Linear(16, 32), nn.Linear(32, 16)
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        h = self.up(x).tanh() * 2
+        before = h.sum()
+        part = h[:, 3:9]
+        part.mul_(2)
+        h[:, 1] = 0.5
+        h = self.down(h)
+        h += x
+        z = self.other(h).sigmoid() * 3
+        z.add_(1)
+        alias = z.view(-1, 4, 8)
+        z.mul_(0.5)
+        return functional.mse_loss(self.back(z) + alias.sum((1, 2)).unsqueeze(1) + before, y)
+
+
+def in_place() -> Built:
+    """Aliases of sharded values, written to."""
+    return InPlace(), {"x": torch.randn(4, 16), "y": torch.randn(4, 16)}
+
+
+class Odd(nn.Module):
+    """Shared and partly used parameters, norms over what is sharded, losses over it, several outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down, self.scale = nn.Linear(16, 32), nn.Linear(32, 16), nn.Parameter(torch.randn(32))
+        self.norm, self.gate = nn.LayerNorm(32), nn.Linear(16, 32)
+        self.classes = nn.Linear(16, 40)
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        h = self.norm(self.up(x)) * self.scale
+        h = functional.rms_norm(h, (32,), self.scale[: 32])
+        h = h.softmax(-1) * torch.sigmoid(self.gate(x)) + functional.linear(x, self.up.weight)
+        out = self.down(h) + functional.linear(h, self.up.weight.t())
+        scores = functional.log_softmax(self.classes(out), -1)
+        penalty = (self.up.weight * self.down.weight.t()).pow(2).mean() + self.scale.abs().sum()
+        return functional.nll_loss(scores, y) + penalty + 0.1 * torch.var(h, -1).mean()
+
+
+def odd() -> Built:
+    """A parameter with several readers that want it differently."""
+    return Odd(), {"x": torch.randn(4, 16), "y": torch.tensor([1, 2, 3, 30])}
+
+
+class Translator(nn.Module):
+    """nn.Transformer with its own masks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(50, 32)
+        self.body = nn.Transformer(32, 4, 2, 2, 64, dropout=0.0, batch_first=True)
+        self.head = nn.Linear(32, 50)
+
+    def forward(self, source: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        mask = nn.Transformer.generate_square_subsequent_mask(target.shape[1])
+        out = self.body(self.table(source), self.table(target), tgt_mask=mask, tgt_is_causal=True)
+        return functional.cross_entropy(self.head(out).transpose(1, 2), target)
+
+
+def translator() -> Built:
+    """Encoder and decoder, scaled attention of torch.nn."""
+    return Translator(), {"source": torch.randint(0, 50, (2, 12)), "target": torch.randint(0, 50, (2, 10))}
+
+
+class Recurrent(nn.Module):
+    """An LSTM, which has no rule, between two projections."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.body = nn.Embedding(50, 16), nn.LSTM(16, 16, 2, batch_first=True)
+        self.up, self.head = nn.Linear(16, 64), nn.Linear(64, 50)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        out, _ = self.body(self.table(tokens))
+        return functional.cross_entropy(self.head(self.up(out).relu()).flatten(0, 1), tokens.flatten())
+
+
+def recurrent() -> Built:
+    """An operator without a rule."""
+    return Recurrent(), {"tokens": torch.randint(0, 50, (2, 12))}
+
+
+class Recommender(nn.Module):
+    """Tables of categories, summed bags, and crosses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tables = nn.ModuleList(nn.Embedding(200, 16) for _ in range(3))
+        self.bottom = nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 16))
+        self.top = nn.Sequential(nn.Linear(22, 64), nn.ReLU(), nn.Linear(64, 1))
+
+    def forward(self, dense: torch.Tensor, sparse: torch.Tensor, clicks: torch.Tensor) -> torch.Tensor:
+        found = [self.bottom(dense), *(table(sparse[:, i]) for i, table in enumerate(self.tables))]
+        stacked = torch.stack(found, 1)
+        crosses = torch.bmm(stacked, stacked.transpose(1, 2))
+        rows, columns = torch.triu_indices(4, 4, 1)
+        joined = torch.cat([found[0], crosses[:, rows, columns]], 1)
+        return functional.binary_cross_entropy_with_logits(self.top(joined).squeeze(1), clicks)
+
+
+def recommender() -> Built:
+    """Large tables, small products."""
+    inputs = {"dense": torch.randn(8, 8), "sparse": torch.randint(0, 200, (8, 3)), "clicks": torch.rand(8).round()}
+    return Recommender(), inputs

@@ -75,6 +75,8 @@ class Decisions:
     """Names of the nodes whose memory is written to in place."""
     functional: dict[str, Any] = field(default_factory=dict)
     """In-place operators that have to write to new memory: node name to the operator that does."""
+    refusals: dict[str, str] = field(default_factory=dict)
+    """Node name to the reason why it got whole operands though some arrived sharded."""
     cost: float = 0.0
 
     def explain(self) -> str:
@@ -93,14 +95,17 @@ def decide(module: fx.GraphModule, placeholders: Mapping[str, Placeholder], tp: 
     choice = Choice()
     best = _settle(graph, choice)
     classes = classes_of(sources_of(graph))
-    improved = True
-    while improved:
-        improved = False
-        for group in classes:
-            other = Choice(banned=choice.banned ^ group, whole=set(choice.whole))
-            result = _settle(graph, other)
-            if result.tally.cost < best.tally.cost - 1e-9:
-                choice, best, improved = other, result, True
+    unchanged, position = 0, 0
+    while classes and unchanged < len(classes):
+        group = classes[position % len(classes)]
+        position += 1
+        unchanged += 1
+        if not group & (best.begun | choice.banned):
+            continue  # sharding does not begin there: a ban would change nothing
+        other = Choice(banned=choice.banned ^ group, whole=set(choice.whole), stored=dict(best.stored))
+        result = _settle(graph, other)
+        if result.tally.cost < best.tally.cost - 1e-9:
+            choice, best, unchanged = other, result, 0
     return _record(graph, best)
 
 
@@ -130,5 +135,6 @@ def _record(graph: Propagation, result: Pass) -> Decisions:
         gradients=frozenset(node.name for node in graph.gradients),
         mutated=frozenset(node.name for node in graph.mutated),
         functional=dict(graph.functional),
+        refusals={node.name: reason for node, reason in result.refusals.items()},
         cost=result.tally.cost,
     )

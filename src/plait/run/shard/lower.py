@@ -11,7 +11,8 @@ from torch import fx
 
 from plait.run.layout import Layout
 from plait.run.shard import collectives
-from plait.run.shard.operation import GETITEM, Op, Placements, Step, Where, shape_of
+from plait.run.shard.aliases import working_copy
+from plait.run.shard.operation import Op, Placements, Step, Where, shape_of
 from plait.run.shard.placement import COPIED, PARTIAL, REPLICATED, Placement, Sharded
 from plait.run.shard.rules.contraction import is_matmul
 
@@ -60,7 +61,7 @@ class _Lowering:
 
     def build(self) -> tuple[fx.GraphModule, dict[str, Layout]]:
         layouts: dict[str, Layout] = {}
-        for node in self.module.graph.nodes:
+        for node in working_copy(self.module.graph).nodes:
             if node.target in _UNNEEDED:
                 continue
             step = self.decisions.steps.get(node.name)
@@ -93,6 +94,10 @@ class _Lowering:
         if step.sizes is not None:
             changes[step.sizes] = self._sizes(op, step, node)
         target = step.target or self.decisions.functional.get(node.name)
+        if node.target is aten.view.default and node.name not in self.decisions.mutated:
+            # A slice may lie in memory otherwise than the whole value did; where it does not, this is a view too.
+            target = aten.reshape.default
+            changes = {"shape": changes.get("size", op["size"])}
         if node.op == "output" or (target is None and not changes):
             new = self.graph.node_copy(node, local)
             return new
@@ -204,7 +209,7 @@ class _Lowering:
 
     def _describe(self, node: fx.Node) -> None:
         made = self.local[node]
-        made.meta = {k: v for k, v in node.meta.items() if k != "plait_shape"}
+        made.meta = {k: v for k, v in node.meta.items() if not k.startswith("plait_")}
         if "val" in node.meta and node.name in self.decisions.placements:
             made.meta["val"] = self._value(node.meta["val"], self.decisions.placements[node.name])
 
@@ -259,5 +264,3 @@ def _call(
 def _is_default(argument: Any, value: Any) -> bool:
     return bool(argument.has_default_value()) and not isinstance(value, fx.Node) and value == argument.default_value
 
-
-_ = GETITEM

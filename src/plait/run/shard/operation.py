@@ -68,6 +68,9 @@ def is_tensor(node: object) -> bool:
 
 def tensor_operands(node: fx.Node) -> list[fx.Node]:
     """The tensors among the arguments, in order, repeated as often as they occur."""
+    known: list[fx.Node] | None = node.meta.get("plait_operands")
+    if known is not None:
+        return known
     found: list[fx.Node] = []
 
     def visit(arg: fx.Node) -> fx.Node:
@@ -76,7 +79,15 @@ def tensor_operands(node: fx.Node) -> list[fx.Node]:
         return arg
 
     fx.node.map_arg((node.args, node.kwargs), visit)
+    node.meta["plait_operands"] = found
     return found
+
+
+def forget(graph: fx.Graph) -> None:
+    """Drop what this module remembers of a graph's nodes, before or after somebody changes them."""
+    for node in graph.nodes:
+        for key in ("plait_shape", "plait_operands", "plait_arguments"):
+            node.meta.pop(key, None)
 
 
 def _integer(size: Any) -> int:
@@ -168,6 +179,13 @@ class Op:
 
 def arguments(node: fx.Node) -> dict[str, Any]:
     """A node's arguments by their schema's names, defaults filled in; by position where there is no schema."""
+    known: dict[str, Any] | None = node.meta.get("plait_arguments")
+    if known is None:
+        known = node.meta["plait_arguments"] = _arguments(node)
+    return known
+
+
+def _arguments(node: fx.Node) -> dict[str, Any]:
     schema = getattr(node.target, "_schema", None)
     if schema is None:
         return {**{str(i): a for i, a in enumerate(node.args)}, **node.kwargs}

@@ -18,7 +18,7 @@ from enum import Enum
 
 from plait.run.layout import Layout, Piece, split_evenly
 
-__all__ = ["COPIED", "PARTIAL", "REPLICATED", "Placement", "Sharded", "Whole", "sharded"]
+__all__ = ["COPIED", "PARTIAL", "REPLICATED", "Placement", "Sharded", "Whole", "refined", "sharded"]
 
 
 class Whole(Enum):
@@ -129,3 +129,18 @@ def sharded(dim: int, parts: tuple[int, ...], tp: int, unit: int = 1) -> Sharded
     if unit > 1 and all(part % (unit * tp) == 0 for part in parts):
         unit = 1
     return Sharded(dim, parts, unit)
+
+
+def refined(source: Sharded, here: Sharded, wish: Sharded, tp: int) -> Sharded | None:
+    """The split of a source under which a value made of it, now split as `here`, is split as `wish`.
+
+    The value is the whole source, element by element or in larger ones, or one of the pieces it was cut into.
+    """
+    count = len(here.parts)
+    for first in range(len(source.parts) - count + 1) if count < len(source.parts) else ():
+        times, rest = divmod(source.parts[first], here.parts[0])
+        if rest == 0 and source.parts[first : first + count] == tuple(part * times for part in here.parts):
+            inner = tuple(part * times for part in wish.parts) * (here.period // wish.period)
+            parts = source.parts[:first] + inner + source.parts[first + count :]
+            return sharded(source.dim, parts, tp) if wish.unit == 1 and here.period % wish.period == 0 else None
+    return wish.scaled(source.period, here.period, tp)

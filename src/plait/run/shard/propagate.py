@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
-from plait.run.shard.aliases import functional_form, mutated_values, written_operands
+from plait.run.shard.aliases import functional_form, mutated_values, shares_memory, working_copy, written_operands
 from plait.run.shard.cost import Tally
 from plait.run.shard.operation import GETITEM, Op, Placements, Refusal, Step, is_tensor, shape_of, tensor_operands
-from plait.run.shard.placement import COPIED, PARTIAL, REPLICATED, Placement, Sharded, sharded
+from plait.run.shard.placement import COPIED, PARTIAL, REPLICATED, Placement, Sharded, refined, sharded
 from plait.run.shard.pull import early_sums, pull, readings, worthwhile_pulls
 from plait.run.shard.rules import rule_for
 from plait.run.shard.sources import weight_of
@@ -37,12 +37,16 @@ class Pass:
     placed: dict[fx.Node, Placements] = field(default_factory=dict)
     steps: dict[fx.Node, Step] = field(default_factory=dict)
     origins: dict[fx.Node, frozenset[fx.Node]] = field(default_factory=dict)
+    begun: set[fx.Node] = field(default_factory=set)
+    """Sources at which sharding begins."""
     split: set[fx.Node] = field(default_factory=set)
     """Sources that run on a slice of their weight."""
     reasons: dict[fx.Node, str] = field(default_factory=dict)
     wishes: dict[fx.Node, list[Sharded]] = field(default_factory=dict)
     """Splits that refusing operators asked of a source."""
     votes: dict[fx.Node, dict[Placement, int]] = field(default_factory=dict)
+    refusals: dict[fx.Node, str] = field(default_factory=dict)
+    """Operators that need whole operands though some arrive sharded, and why."""
     spoiled: set[fx.Node] = field(default_factory=set)
     """Pulled nodes that could not be as they were wanted, or have another reader now."""
     broken: set[fx.Node] = field(default_factory=set)
@@ -112,14 +116,12 @@ class Propagation:
     def __init__(self, module: fx.GraphModule, placeholders: Mapping[str, Placeholder], tp: int) -> None:
         self.tp = tp
         self.placeholders = placeholders
-        self.graph = fx.Graph()
-        self.graph.graph_copy(module.graph, {}, return_output_node=True)
+        self.graph = working_copy(module.graph)
         self.nodes = list(self.graph.nodes)
-        for node in self.nodes:
-            node.meta.pop("plait_shape", None)
         self.functional: dict[str, Any] = {}
         """In-place operators that run out of place, by node name."""
         self.mutated = mutated_values(self.graph)
+        self._known_roots: dict[fx.Node, set[fx.Node]] = {}
         self._tied: dict[tuple[str, str], list[fx.Node]] = {}
         for node in self.nodes:
             if node.op == "placeholder":
@@ -177,6 +179,11 @@ class Propagation:
         return any(self.placeholders[root.name].kind == "parameter" for root in self._roots(node))
 
     def _roots(self, node: fx.Node) -> set[fx.Node]:
+        if node not in self._known_roots:
+            self._known_roots[node] = self._find_roots(node)
+        return self._known_roots[node]
+
+    def _find_roots(self, node: fx.Node) -> set[fx.Node]:
         return {n for n in [node, *self._chain(node)] if n.op == "placeholder"} | {
             o for n in self._chain(node) for o in tensor_operands(n) if o.op == "placeholder"
         }
@@ -213,7 +220,7 @@ class Propagation:
                 if place.kind == "parameter" and place.trainable:
                     found.add(node)
             elif node.op == "call_function" and any(n in found for n in node.all_input_nodes):
-                if node.target is torch.ops.aten.detach.default:
+                if node.target is torch.ops.aten.detach.default or _packet(node).startswith("new_") or _packet(node).endswith("_like"):
                     continue
                 if getattr(node.target, "name", lambda: "")() == "wrap_with_set_grad_enabled" and node.args[0] is False:
                     continue
@@ -286,11 +293,18 @@ class Propagation:
             isinstance(p, Sharded) for n, p in zip(op.operands, step.inputs, strict=True) if n is self.sources[node]
         ):
             result.split.add(node)
+            if not op.split_operands():
+                result.begun.add(node)
         self._vote(op, step, chained, result)
-        for written in written_operands(node):
-            position = op.operands.index(written) if written in op.operands else None
-            if position is not None and (step.inputs[position] != result.placed[written] or step.target is not None):
-                result.broken.add(node)
+        if node in self.mutated:
+            self._check_memory(op, step, result)
+
+    def _check_memory(self, op: Op, step: Step, result: Pass) -> None:
+        """What writes to memory, or is a view of what is written to, must not get a converted copy instead."""
+        inputs = dict(zip(op.operands, step.inputs, strict=True))
+        for shared in {*written_operands(op.node), *shares_memory(op.node)}:
+            if shared in inputs and (inputs[shared] != result.placed[shared] or step.target is not None):
+                result.broken.add(op.node)
 
     def _pulled_step(self, op: Op, result: Pass) -> Step | None:
         wanted = result.choice.pulled[op.node]
@@ -312,23 +326,20 @@ class Propagation:
             answer = rule(op) if op.split_operands() or enabled else op.replicated()
         if isinstance(answer, Step):
             return answer
+        result.refusals[op.node] = answer.reason
         for operand, placement in op.split_operands():
             if answer.culprit is not None and operand is not answer.culprit:
                 continue
             for origin in result.origins.get(operand, frozenset()):
                 result.reasons.setdefault(origin, f"{answer.reason} ({op.node.name})")
-                own = self._pattern(origin, result)
+                own = result.placed[origin]
+                assert isinstance(own, Sharded)
                 wishes = result.wishes.setdefault(origin, [])
                 for wish in answer.wanted:
-                    scaled = wish.scaled(own.period, placement.period, self.tp)
+                    scaled = refined(own, placement, wish, self.tp)
                     if scaled is not None and scaled.fits(self.tp):
                         wishes.append(scaled.moved(0))
         return op.replicated()
-
-    def _pattern(self, origin: fx.Node, result: Pass) -> Sharded:
-        placement = result.placed[origin]
-        assert isinstance(placement, Sharded)
-        return placement
 
     def _measure(self, node: fx.Node, result: Pass) -> Step:
         """A size of a tensor: as it is, unless the dim is the sharded one."""
@@ -438,7 +449,7 @@ class Propagation:
             if node in self.sources:
                 tally.matmul_output += elements
                 tally.matmuls += 1
-            if getattr(getattr(node.target, "overloadpacket", None), "__name__", "") not in _VIEWS:
+            if _packet(node) not in _VIEWS:
                 tally.all_activations += elements
                 tally.activations += elements / (self.tp if isinstance(outputs[0], Sharded) else 1)
         done: set[tuple[fx.Node, Placement]] = set()
@@ -466,3 +477,7 @@ class Propagation:
 def _has_tensor(node: fx.Node) -> bool:
     value = node.meta.get("val")
     return is_tensor(node) or (isinstance(value, tuple | list) and any(isinstance(v, torch.Tensor) for v in value))
+
+
+def _packet(node: fx.Node) -> str:
+    return str(getattr(getattr(node.target, "overloadpacket", None), "__name__", ""))

@@ -48,6 +48,11 @@ def pull(op: Op, wanted: Placement, gradients: Iterable[fx.Node]) -> Step | None
     rule = rule_for(op.node.target)
     if rule is None:
         return None
+    if op.node.target is torch.ops.aten.expand.default:
+        source = op.operands[0]
+        own = wanted.dim - (len(op.shape) - len(shape_of(source)))
+        if own < 0 or shape_of(source)[own] == 1:
+            return op.step(wanted, {source: COPIED}, sizes="size")
     for operand in dict.fromkeys(op.operands):
         for dim, size in enumerate(shape_of(operand)):
             for guess in {sharded(dim, (size,), op.tp), Sharded(dim, wanted.parts, wanted.unit)}:

@@ -9,7 +9,7 @@ from torch import fx
 
 from plait.run.shard.local import forked_random
 from plait.run.shard.operation import Op, Refusal, Step, shape_of
-from plait.run.shard.placement import COPIED, PARTIAL, Placement, Sharded
+from plait.run.shard.placement import COPIED, PARTIAL, REPLICATED, Placement, Sharded
 from plait.run.shard.rules.table import rule
 
 __all__ = ["pointwise"]
@@ -115,4 +115,9 @@ def is_idle(op: Op) -> bool:
     return op.args.get("train", True) is False or probability == 0
 
 
-_ = Sharded
+
+@rule("new_empty", "new_zeros", "new_ones", "new_full", "new_tensor", "new_empty_strided")
+def creation(op: Op) -> Step | Refusal:
+    """New tensors that take only dtype and device from their operand: whole, and the operand stays as it is."""
+    source = op.operands[0]
+    return op.step(REPLICATED, {source: op.at(source)}, rest=REPLICATED)

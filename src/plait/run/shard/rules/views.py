@@ -205,6 +205,10 @@ def slice_(op: Op) -> Step | Refusal:
         start, stop, step = op["start"] or 0, size if op["end"] is None else op["end"], op["step"]
         if isinstance(start, int) and isinstance(stop, int):
             start, stop, _ = slice(start, stop).indices(size)
+    if isinstance(start, int) and start < step and step > 1 and stop == size:
+        thinner = placement.scaled(1, step, op.tp)
+        if thinner is not None and (placement.is_even(op.tp) or placement.unit % step == 0):
+            return op.step(thinner, {source: placement})
     if not isinstance(start, int) or not isinstance(stop, int) or step != 1:
         return Refusal("a slice with steps or open ends", source)
     if (start, stop) == (0, size):
@@ -220,6 +224,26 @@ def slice_(op: Op) -> Step | Refusal:
         return {"dim": dim, "start": begin, "length": length}
 
     return op.step(piece, {source: placement}, target=aten.narrow.default, patch=local)
+
+
+@rule("slice_scatter", "select_scatter")
+def scatter_piece(op: Op) -> Step | Refusal:
+    """A value with one piece replaced: fine along other dims than the sharded one."""
+    whole, piece = op["self"], op["src"]
+    split = op.split_operands()
+    if op.has_partial() or not split:
+        return Refusal("piece of a sum")
+    rank = len(op.shape)
+    dim = op["dim"] % rank
+    is_select = op.node.target is aten.select_scatter.default
+    node, placement = split[0]
+    own = placement.dim
+    if node is piece and node is not whole and is_select:
+        own += placement.dim >= dim
+    if own == dim:
+        return Refusal("a piece along the sharded dim", node)
+    small = placement.moved(own - (is_select and own > dim))
+    return op.step(placement.moved(own), {whole: placement.moved(own), piece: small})
 
 
 @rule("select.int", "unbind.int")
