@@ -17,6 +17,9 @@ SMALL = {
     "llama": f"{TEXT}&num_key_value_heads=2&intermediate_size=64",
     "phi3": f"{TEXT}&num_key_value_heads=2&intermediate_size=64",  # whose padding token lies outside 320
     "mixtral": f"{TEXT}&num_key_value_heads=2&intermediate_size=64&num_local_experts=4",
+    "xlnet": "d_model=32&n_layer=2&n_head=4&d_inner=64&vocab_size=320",  # predicts the first token too
+    "zamba": "hidden_size=32&num_hidden_layers=2&num_attention_heads=4&num_key_value_heads=4&intermediate_size=64"
+    "&vocab_size=320&mamba_d_state=4&mamba_dt_rank=4",  # lists a kind for each of its 76 layers
     "mamba": "hidden_size=32&num_hidden_layers=2&vocab_size=320&state_size=4&time_step_rank=4",
     "bert": f"{TEXT}&intermediate_size=64",
     "t5": "d_model=32&num_layers=2&num_heads=4&d_kv=8&d_ff=64&vocab_size=320",
@@ -59,7 +62,10 @@ def test_exports(model_type: str):
     assert len(list(exported.graph.nodes)) > 20
 
 
-@pytest.mark.parametrize(("model_type", "task"), [("llama", "causal-lm"), ("bert", "masked-lm"), ("t5", "seq2seq-lm")])
+@pytest.mark.parametrize(
+    ("model_type", "task"),
+    [("llama", "causal-lm"), ("xlnet", "causal-lm"), ("bert", "masked-lm"), ("t5", "seq2seq-lm")],
+)
 def test_the_mean_of_parts_is_the_whole(model_type: str, task: str):
     """Losses of the parts of a batch, averaged with `loss_weight`, are the loss of the batch."""
     job = load_target(f"hf:{model_type}?{SMALL[model_type]}&seq_len=16&task={task}")
@@ -125,6 +131,7 @@ def test_aliases_and_parts_of_a_config():
         ("hf:llama?task=dance", "unknown task 'dance'"),
         ("hf:vit?task=causal-lm", "has no head for causal-lm"),
         ("hf:llama?seq_len=1", "seq_len=1 must be at least 2"),
+        ("hf:gpt2?n_positions=16&seq_len=32", "seq_len=32 is more than the model's 16 positions"),
         ("hf:mamba2?hidden_size=64", "the config refuses: .*hidden_size"),
         ("hf:./no/such/folder", "no such folder"),
         ("hf:no/such", "no such folder"),

@@ -203,7 +203,7 @@ def _config_of_type(name: str, given: Mapping[str, str]) -> tuple[str, Any]:
     try:
         default = config_class()
         changes = _changes(config_class, default, given, where)
-        config = config_class(**changes)
+        config = _made(config_class, changes, default)
         _fit_special_tokens(config)
         _fit_decoder_start(config)
     except TargetError:
@@ -212,6 +212,19 @@ def _config_of_type(name: str, given: Mapping[str, str]) -> tuple[str, Any]:
         raise TargetError(f"{where}: the config refuses: {_line(problem)}") from problem
     _quiet(config, given)
     return model_type, config
+
+
+def _made(config_class: Any, changes: dict[str, Any], default: Any) -> Any:
+    try:
+        return config_class(**changes)
+    except Exception:
+        # Some configs list a kind for each of their layers and refuse another number of layers: use the first ones.
+        key = config_class.attribute_map.get("num_hidden_layers", "num_hidden_layers")
+        before, after = getattr(default, key, None), changes.get(key)
+        if not isinstance(before, int) or not isinstance(after, int) or after >= before:
+            raise
+        lists = {k: v[:after] for k, v in vars(default).items() if isinstance(v, list) and len(v) == before}
+        return config_class(**{**lists, **changes})
 
 
 def _changes(config_class: type, default: Any, given: Mapping[str, str], where: str) -> dict[str, Any]:
@@ -347,7 +360,14 @@ class _Shape:
         self.vocabulary = self._vocabulary()
         if seq_len is not None and seq_len < 2:
             raise TargetError(f"{where}: seq_len={seq_len} must be at least 2")
-        self.length = seq_len or min(128, self._first("max_position_embeddings", "n_positions", default=256) // 2)
+        positions = self._first("max_position_embeddings", "n_positions")
+        self.length = seq_len or min(128, (positions if (positions or 0) > 0 else 256) // 2)
+        is_rotary = getattr(self.text, "rope_parameters", None) is not None
+        if self.main == "input_ids" and 0 < (positions or 0) < self.length and not is_rotary:
+            raise TargetError(
+                f"{where}: seq_len={seq_len} is more than the model's {positions} positions",
+                hint=f"add max_position_embeddings={seq_len} to the target",
+            )
 
     def _first(self, *names: str, default: Any = None) -> Any:
         for config in (self.text, self.config, *_sub_configs(self.config).values()):
@@ -469,8 +489,10 @@ class _Shape:
                 labels[~hidden] = -100
                 main[hidden] = self.vocabulary - 1
             else:
-                for row in range(samples):  # prompts of several lengths, which do not count
-                    labels[row, : (row * max(1, self.length // 8)) % (self.length - 1)] = -100
+                # Prompts of several lengths, which do not count; at least the first token, which most models never
+                # predict but XLNet does, so that the labels that count are as many either way.
+                for row in range(samples):
+                    labels[row, : 1 + (row * max(1, self.length // 8)) % (self.length - 1)] = -100
             return labels
         if self.task in ("seq2seq-lm", "speech-seq2seq"):
             length = min(self.length, self._first("max_target_positions", default=self.length))
