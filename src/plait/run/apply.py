@@ -1,15 +1,15 @@
 """Everything that is done to a model under a plan, in order, on one page.
 
-    build        the user's model, large values left out                       capture/build.py
-    trace        forward and loss as one flat graph, cut into segments          capture/trace.py
-    shard        tensor parallelism: local operators and collectives            run/shard/
-    cut          segments to pipeline stages, stages to units                   run/captures.py, run/stages.py
-    rewrite      batch norm over all replicas, what autocast must leave alone   run/batchnorm.py, run/precision.py
-    fill         each unit gets its share of the parameters, one by one         here
-    recompute    units that repeat their forward in the backward                run/recompute.py
-    fsdp         units' parameters sharded                                      torch's fully_shard
-    reduce       gradients of replicas and of weights tied over stages          run/reduce.py, run/tied.py
-    optimize     the user's optimizer on what this process holds                run/optimizers.py
+build        the user's model, large values left out                       capture/build.py
+trace        forward and loss as one flat graph, cut into segments          capture/trace.py
+shard        tensor parallelism: local operators and collectives            run/shard/
+cut          segments to pipeline stages, stages to units                   run/captures.py, run/stages.py
+rewrite      batch norm over all replicas, what autocast must leave alone   run/batchnorm.py, run/precision.py
+fill         each unit gets its share of the parameters, one by one         here
+recompute    units that repeat their forward in the backward                run/recompute.py
+fsdp         units' parameters sharded                                      torch's fully_shard
+reduce       gradients of replicas and of weights tied over stages          run/reduce.py, run/tied.py
+optimize     the user's optimizer on what this process holds                run/optimizers.py
 """
 
 from __future__ import annotations
@@ -129,9 +129,7 @@ def apply(program: Program, built: Built, plan: Plan, world: World) -> Applied:
     holders = _stages_of_names(program, module, bounds, plan)
     owned = _held(filler, program, holders, world)
     parameters = {h.name: h for h in owned if isinstance(h.tensor, nn.Parameter)}
-    buffers = {
-        h.name: h for h in owned if not isinstance(h.tensor, nn.Parameter) and h.name not in program.constants
-    }
+    buffers = {h.name: h for h in owned if not isinstance(h.tensor, nn.Parameter) and h.name not in program.constants}
     reached = {p.name for p in program.placeholders.values() if p.kind == "parameter" and p.trainable and p.reached}
     replicated = [h.tensor for n, h in parameters.items() if n in reached and not isinstance(h.tensor, DTensor)]
     reducer = None
@@ -241,8 +239,8 @@ class _Filler:
         # FSDP warns of writes into what a unit gives back; units copy what they write into (run/stages.py).
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
         mesh = self._world.mesh["dp", "fsdp"] if self._plan.dp > 1 else self._world.mesh["fsdp"]
-        # FSDP shards rows; a parameter without any (a scalar) stays whole and is reduced like a replica's.
-        scalars = {p for m in modules for p in m.parameters() if p.dim() == 0}
+        # FSDP shards rows; a parameter without any (a scalar, or empty) stays whole and is reduced like a replica's.
+        scalars = {p for m in modules for p in m.parameters() if p.dim() == 0 or p.numel() == 0}
         fully_shard(
             modules if len(modules) > 1 else modules[0],
             mesh=mesh,

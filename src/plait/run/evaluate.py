@@ -24,7 +24,9 @@ if TYPE_CHECKING:
 __all__ = ["losses_of_parts"]
 
 
-def losses_of_parts(run: Run, inputs: list[dict[str, Any]], targets: list[tuple[Any, float]], sizes: list[int]) -> list[torch.Tensor]:
+def losses_of_parts(
+    run: Run, inputs: list[dict[str, Any]], targets: list[tuple[Any, float]], sizes: list[int]
+) -> list[torch.Tensor]:
     """Weighted losses of this process's parts where the last stage is, else an empty list."""
     with torch.no_grad(), _eval_mode(run), autocast_for(run.plan, run.world.device):
         outputs = [_forward(run, one, size) for one, size in zip(inputs, sizes, strict=True)]
@@ -40,12 +42,12 @@ def _eval_mode(run: Run) -> Iterator[None]:
         stack.enter_context(by_running_statistics())
         stack.enter_context(quiet)
         for unit in units:
-            unit.repeating = True
+            unit.instead = unit.written()
         try:
             yield
         finally:
             for unit in units:
-                unit.repeating = False
+                unit.instead = {}
 
 
 def _forward(run: Run, inputs: dict[str, Any], size: int) -> tuple[torch.Tensor, ...] | None:

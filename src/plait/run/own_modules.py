@@ -135,14 +135,16 @@ def _program(job: Job, module: nn.Module, aliases: dict[str, str], samples: int)
         buffers=tuple(spec(n, b, False) for n, b in module.named_buffers()),
         segments=(),
     )
-    return Program(job, fx.GraphModule(nn.Module(), graph), places, True, (1, sys.maxsize), samples, aliases, graph=record)
+    return Program(
+        job, fx.GraphModule(nn.Module(), graph), places, True, (1, sys.maxsize), samples, aliases, graph=record
+    )
 
 
 def _shard(stage: nn.Module, module: nn.Module, plan: Plan, world: World) -> None:
     """fully_shard on repeated blocks that share nothing with the rest, then on the rest."""
     assert world.mesh is not None
     mesh = world.mesh["dp", "fsdp"] if plan.dp > 1 else world.mesh["fsdp"]
-    scalars = {p for p in module.parameters() if p.dim() == 0} or None
+    scalars = {p for p in module.parameters() if p.dim() == 0 or p.numel() == 0} or None
     options: dict[str, Any] = {"mesh": mesh, "reshard_after_forward": plan.zero == 3, "ignored_params": scalars}
     for block in _blocks(module):
         fully_shard(block, **options)
@@ -197,7 +199,6 @@ class _OwnModules(nn.Module):
         with self._batch_norm:
             # A loss of its own storage: FSDP hooks into what comes out, which must be no view.
             return (loss_of(call_model(self.module, inputs), targets, self._job.loss).clone(),)
-
 
     def drop_unused(self, module: nn.Module) -> None:
         """FSDP gives zeros to parameters that no process used in this step; one device gives them no gradient."""

@@ -37,29 +37,30 @@ def _policy(_context: Any, operator: Any, *_args: Any, **_kwargs: Any) -> Checkp
 def recompute_unit(unit: Unit, choice: str) -> None:
     """Make a unit recompute its activations in the backward (`none` changes nothing).
 
-    Random numbers are repeated; buffers are written by the first run only.
+    Random numbers are repeated; the second run reads the buffers that the first one read, and writes none.
     """
     if choice == "none":
         return
 
     @contextmanager
-    def again() -> Iterator[None]:
-        unit.repeating = True
+    def again(before: dict[str, torch.Tensor]) -> Iterator[None]:
+        unit.instead = before
         try:
             yield
         finally:
-            unit.repeating = False
+            unit.instead = {}
 
-    def contexts() -> tuple[Any, Any]:
+    def contexts(before: dict[str, torch.Tensor]) -> tuple[Any, Any]:
         if choice == "full":
-            return ExitStack(), again()
+            return ExitStack(), again(before)
         first, second = create_selective_checkpoint_contexts(_policy)
-        return first, _Both(again(), second)
+        return first, _Both(again(before), second)
 
     def around(call: Any, *values: Any) -> Any:
         if not torch.is_grad_enabled():
             return call(*values)
-        return checkpoint(call, *values, use_reentrant=False, context_fn=contexts)
+        before = unit.written()  # a forward may read what an earlier one wrote (spectral norm's vectors)
+        return checkpoint(call, *values, use_reentrant=False, context_fn=lambda: contexts(before))
 
     unit.around = around
 

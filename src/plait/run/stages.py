@@ -118,8 +118,12 @@ class UnitGraph:
     outputs: list[str]
     owned: list[tuple[str, str]]
     """(kind, name) of the parameters, buffers and constants that it takes after the values."""
+    writes: list[tuple[str, str]] = field(default_factory=list)
+    """Those of them that it writes into, parameters not counted."""
     attributes: list[str] = field(default_factory=list)
-    """Where its unit keeps them."""
+    """Where its unit keeps what is owned."""
+    written: list[str] = field(default_factory=list)
+    """Where its unit keeps what is written."""
 
 
 @dataclass
@@ -156,9 +160,14 @@ class Unit(nn.Module):
         self.graphs: list[UnitGraph] = []  # no submodules: they own nothing
         self.around: Callable[..., Any] | None = None
         """Wraps the call: recomputation."""
-        self.repeating = False
-        """True while a recomputation runs, when buffers must not be written again."""
+        self.instead: dict[str, torch.Tensor] = {}
+        """Buffers to read and write instead of the own ones, by attribute: while a recomputation or an evaluation runs."""
         self.add(graph)
+
+    def written(self) -> dict[str, torch.Tensor]:
+        """Copies of the buffers that the forward writes, as they are now."""
+        names = {name for graph in self.graphs for name in graph.written}
+        return {name: getattr(self, name).clone() for name in names}
 
     def add(self, graph: UnitGraph) -> list[tuple[str, str, str]]:
         """Take one more capture's graph; returns the slots that it needs and no earlier one had."""
@@ -166,6 +175,7 @@ class Unit(nn.Module):
         fresh = [(f"t{len(self.slots) + i}", *key) for i, key in enumerate(k for k in graph.owned if k not in known)]
         known |= {(kind, name): attribute for attribute, kind, name in fresh}
         graph.attributes = [known[key] for key in graph.owned]
+        graph.written = [known[key] for key in graph.writes]
         self.slots += fresh
         self.graphs.append(graph)
         return fresh
@@ -179,9 +189,7 @@ class Unit(nn.Module):
     def call(self, which: int, *values: Any) -> Any:
         """Run a graph on values and on the tensors this unit owns as they are now."""
         graph = self.graphs[which]
-        tensors = [getattr(self, attribute) for attribute in graph.attributes]
-        if self.repeating:
-            tensors = [t if isinstance(t, nn.Parameter) else t.clone() for t in tensors]
+        tensors = [self.instead[name] if name in self.instead else getattr(self, name) for name in graph.attributes]
         return graph.module.forward(*values, *tensors)
 
 
@@ -257,7 +265,7 @@ def stage_graph(
     units = []
     for i, part in enumerate(parts):
         later = {p.name for other in parts[i + 1 :] for n in other for p in n.all_input_nodes} | set(wanted)
-        outputs = [n for n in part if n.name in later]
+        outputs = [n for n in (*_overwritten(part), *part) if n.name in later]
         units.append(_make_unit(module, placeholders, part, outputs))
         if rewrite is not None:
             for node in list(units[-1].module.graph.nodes):
@@ -266,6 +274,14 @@ def stage_graph(
     by_name = {n.name: n for n in nodes}
     dtypes = [None if is_last else by_name[name].meta["val"].dtype for name in wanted]
     return StageGraph(prelude, units, [low for low, _ in groups], takes, wanted, dtypes)
+
+
+def _overwritten(part: list[fx.Node]) -> list[fx.Node]:
+    """Values from before a part that are written into in it."""
+    inside = set(part)
+    written = {s for n in part for argument in written_by(n) for s in argument.meta.get("storages", ())}
+    outside = dict.fromkeys(p for n in part for p in n.all_input_nodes if p not in inside and _segment(p) >= 0)
+    return [n for n in outside if written & n.meta.get("storages", frozenset())]
 
 
 def _needed_preludes(parts: list[list[fx.Node]], output: fx.Node | None) -> list[fx.Node]:
@@ -314,8 +330,8 @@ def _make_unit(
             made[node] = graph.get_attr(name)
         return made[node]
 
-    # What arrives and is written into here is copied first: the sender's memory, a leaf that autograd waits at, and a
-    # recomputation that starts from the same values need it as it came.
+    # What arrives and is written into here is copied first and, where it is needed later, given on as it is then: the
+    # sender's memory, a leaf that autograd waits at, and a recomputation from the same values need it as it came.
     written = {s for n in part for argument in written_by(n) for s in argument.meta.get("storages", ())}
     for node in values:
         if written & node.meta.get("storages", frozenset()):
@@ -327,11 +343,13 @@ def _make_unit(
         else:
             made[node] = graph.node_copy(node, mapped)
     graph.output(tuple(made[n] for n in outputs))
+    keys = {n: (placeholders[n.name].kind, placeholders[n.name].name) for n in owned}
     return UnitGraph(
         fx.GraphModule(root, graph),
         [n.name for n in values],
         [n.name for n in outputs],
-        [(placeholders[n.name].kind, placeholders[n.name].name) for n in owned],
+        list(keys.values()),
+        [key for n, key in keys.items() if key[0] != "parameter" and written & n.meta.get("storages", frozenset())],
     )
 
 

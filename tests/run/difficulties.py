@@ -1,4 +1,4 @@
-"""Small models with one difficulty each, as targets: `tests/run/models.py:tied`."""
+"""Small models with one difficulty each, as targets: `tests/run/difficulties.py:tied`."""
 
 from __future__ import annotations
 
@@ -617,3 +617,12 @@ def attention_mask():
             return self.out(self.norm(x + y))
 
     return _job(Masked, _tokens(), _tokens().roll(1, 1), _token_loss)
+
+
+class Raising(Chain):
+    def forward(self, x):
+        raise ValueError("no such thing")
+
+
+def raising():
+    return _job(lambda: Raising(WIDTH, 4))
