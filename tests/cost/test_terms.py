@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from plait.cost.money import joules, usd
@@ -13,6 +13,7 @@ from plait.hardware.clusters import named_cluster
 from plait.schema import Cluster, Device, Group
 
 
+@settings(deadline=None)
 @given(st.floats(0, 10), st.floats(0, 10), st.floats(0, 1), st.floats(0, 1))
 def test_hiding_takes_nothing_away(seconds, beside, fraction, slowdown):
     """What is hidden and what shows are all of it; more compute hides no less."""

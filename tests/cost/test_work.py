@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from plait.cost.architecture import Architecture, build_graph
@@ -37,6 +37,7 @@ def test_matmul_work_is_split_evenly():
     assert four.model_flops == one.model_flops
 
 
+@settings(deadline=None)
 @given(tp=st.sampled_from([1, 2, 4, 8]), samples=st.integers(1, 16), sequence=st.booleans())
 def test_splitting_never_adds_memory(tp, samples, sequence):
     """A larger group keeps no more on each device, sequence parallelism still less, recomputation less again."""
@@ -49,6 +50,7 @@ def test_splitting_never_adds_memory(tp, samples, sequence):
         assert shared.saved == pytest.approx(whole.saved / tp, rel=0.02)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 64))
 def test_work_grows_with_samples(samples):
     """Twice the samples are twice the tokens' work and memory, and the same parameters."""

@@ -6,7 +6,13 @@ PARTS = MemoryParts(
     parameters=2.0**30, gradients=0.0, optimizer=0.0, activations=2.0**30, transient=0.0, buffers=0.0, overhead=0.0
 )
 BREAKDOWN = Breakdown(
-    compute=0.6, recompute=0.1, communication_exposed=0.1, communication_hidden=9.0, bubble=0.1, optimizer=0.05, other=0.05
+    compute=0.6,
+    recompute=0.1,
+    communication_exposed=0.1,
+    communication_hidden=9.0,
+    bubble=0.1,
+    optimizer=0.05,
+    other=0.05,
 )
 FOUND = Estimate(
     plan=Plan(dp=2, pp=2, microbatches=2), cluster="lab", batch=8, step_time_s=1.0, tokens_per_s=8.0, mfu=0.4,

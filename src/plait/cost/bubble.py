@@ -99,8 +99,9 @@ def order(schedule: str, rank: int, ranks: int, chunks: int, microbatches: int) 
 def least_seconds(stages: Sequence[StageTimes], *, ranks: int, microbatches: int, late: float = 1.0) -> float:
     """Seconds that no order of work can beat.
 
-    A rank cannot start before the first microbatch has passed the stages before its first one, nor end before these have
-    taken the last one back; `late` is the part of a backward that must have happened by then.
+    A rank cannot start before the first microbatch has passed the stages before its first one, nor do these end before
+    they have taken the last one back after it; `late` is the part of a backward that must have happened by then (0 where weight gradients may
+    fill the end).
     """
     before = best = 0.0
     for rank in range(ranks):

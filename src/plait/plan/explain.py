@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from plait.cost.step import estimate
-from plait.errors import PlaitError
+from plait.errors import HardwareError, PlaitError
+from plait.hardware.catalogue import find
+from plait.hardware.clusters import network_of
 from plait.plan.search import SearchResult, search
 from plait.plan.space import Space, unsupported
-from plait.schema.cluster import Cluster
+from plait.schema.cluster import Cluster, Link
 from plait.schema.estimate import Estimate
 from plait.schema.graph import Graph
 from plait.units import format_bytes, format_seconds
@@ -46,18 +48,31 @@ class Explanation:
 
 
 def resized(cluster: Cluster, count: int) -> Cluster:
-    """The cluster with `count` devices, taken from or added to its last group."""
+    """The cluster with `count` devices, taken from or added to its last group.
+
+    Raises:
+        HardwareError: it would need a network between nodes, and none is known.
+    """
     groups = list(cluster.groups)
     others = sum(group.count for group in groups[:-1])
     while count <= others and len(groups) > 1:
         groups.pop()
         others = sum(group.count for group in groups[:-1])
     groups[-1] = replace(groups[-1], count=count - others)
-    links = [link for link in cluster.links if link.size < count]
-    outer = next((link for link in cluster.links if link.size >= count), cluster.links[-1] if cluster.links else None)
-    if outer is not None and count > 1:
-        links.append(replace(outer, size=max(count, outer.size) if outer.level != "site" else count))
+    links = [link for link in cluster.links if link.level != "site"]
+    sites = [link for link in cluster.links if link.level == "site"]
+    if count > max((link.size for link in links), default=1):
+        links.append(replace(sites[-1], size=count) if sites else _site(groups[-1].device.name, count))
     return replace(cluster, name=f"{cluster.name} with {count} devices", groups=tuple(groups), links=tuple(links))
+
+
+def _site(part: str, count: int) -> Link:
+    """The usual network between nodes of a catalogue's part."""
+    network = network_of(find(part), "site")
+    if network is None:
+        raise HardwareError(f"{part}: the network between nodes is not known")
+    return Link(level="site", size=count, bandwidth=network.bandwidth, latency=network.latency, name=network.name,
+                source=network.source)  # fmt: skip
 
 
 def explain(

@@ -8,7 +8,8 @@ the last plan that is kept. Within a group, sharding (dp x fsdp, ZeRO) and pipel
 The bound. With m microbatches, p ranks with work w_r for each microbatch and sum W, rank r cannot start before the
 first microbatch has passed the ranks before it, nor end before these have finished the last one:
 T >= max_r (m w_r + c sum_{i<r} w_i), which whatever the cuts is at least c W / (1 - (1 - c/m)^p), c = 1 for GPipe and
-1F1B, the share of work that is not weight gradients for zero-bubble, 0 (T >= m W / p) for interleaved schedules.
+1F1B, the forward's share of the work for zero-bubble (weight gradients fill the end), 0 (T >= m W / p) for
+interleaved schedules.
 """
 
 from __future__ import annotations
@@ -167,7 +168,7 @@ class _Search:
                     yield schedule, chunks
 
     def work_of(self, plan: Plan) -> tuple[float, float, float]:
-        """(seconds of all segments, of the longest, least share that is not weight gradients) for one microbatch.
+        """(seconds of all segments, of the longest, least share of the forward) for one microbatch.
 
         dp and fsdp aside, on the fastest device.
         """
@@ -179,16 +180,16 @@ class _Search:
         for index, count in self.classes.items():
             options = [model.times(index, rank, choice) for rank in ranks for choice in choices]
             least = min(times.total for times in options)
-            share = min(share, *(1 - times.backward / 2 / max(times.total, 1e-30) for times in options))
+            share = min(share, *((t.forward + t.exposed_forward) / max(t.total, 1e-30) for t in options))
             total += count * least
             longest = max(longest, least)
         return total, longest, share
 
-    def bound(self, plan: Plan, total: float, longest: float, late: float) -> float:
+    def bound(self, plan: Plan, total: float, longest: float, forward: float) -> float:
         """A step time that no sharding and no cuts of `plan` can beat."""
         m, p = plan.microbatches, plan.pp
-        share = {"gpipe": 1.0, "1f1b": 1.0, "zerobubble": late, "interleaved": 0.0}[plan.schedule]
-        best = max(m * total / p, m * longest, total * (late if plan.schedule == "zerobubble" else 1.0))
+        share = {"gpipe": 1.0, "1f1b": 1.0, "zerobubble": forward, "interleaved": 0.0}[plan.schedule]
+        best = max(m * total / p, m * longest, total * (forward if plan.schedule == "zerobubble" else 1.0))
         if share and p > 1:
             best = max(best, share * total / (1 - (1 - share / m) ** p))
         return best
@@ -231,7 +232,7 @@ class _Search:
     def evaluate(self, model: Model, plan: Plan) -> None:
         """Estimates one complete plan and keeps it if it is good."""
         if len(self.kept) >= self.top and not self.space.all_cuts:
-            late = 0.5 if plan.schedule == "zerobubble" else 1.0
+            late = 0.0 if plan.schedule == "zerobubble" else 1.0
             least = least_seconds(stage_times(model, plan), ranks=plan.pp, microbatches=plan.microbatches, late=late)
             if least >= self.threshold():
                 return

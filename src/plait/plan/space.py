@@ -146,12 +146,8 @@ def degrees(facts: Facts, cluster: Cluster, batch: int, space: Space) -> Iterato
                 replicas = max((b for b in exact if b <= room), default=0)
                 base = Degrees(tp, cp, pp, 1, replicas)
                 if replicas == 0 or base.devices < (1 - idle) * count:
-                    if illegal(facts, cluster, Degrees(tp, cp, pp, 1, max(1, replicas))) == "":
-                        used = base.devices
-                        yield (
-                            base,
-                            f"a batch of {batch} does not divide over enough replicas: {used} of {count} devices",
-                        )
+                    other = illegal(facts, cluster, Degrees(tp, cp, pp, 1, max(1, replicas)))
+                    yield base, other or f"a batch of {batch} does not divide over enough replicas of {count} devices"
                     continue
                 for ep in eps:
                     found = Degrees(tp, cp, pp, ep, replicas)
