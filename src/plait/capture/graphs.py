@@ -33,7 +33,7 @@ def graph_of(target: str, *, fresh: bool = False) -> tuple[Graph, int]:
     from plait.errors import CaptureError
 
     job = load_target(target)
-    program = trace(job, say=lambda text: print(text, file=sys.stderr, flush=True))
+    program = trace(job, say=_say)
     if program.graph is None:
         raise CaptureError(f"{target}: the capture has no graph")
     batch = batch_size(job)
@@ -43,6 +43,10 @@ def graph_of(target: str, *, fresh: bool = False) -> tuple[Graph, int]:
         partial.write_text(json.dumps({"graph": program.graph.to_dict(), "batch": batch}), encoding="utf-8")
         partial.replace(path)
     return program.graph, batch
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(f"{text}\n")
 
 
 def _cache_file(target: str) -> Path | None:

@@ -88,7 +88,7 @@ class _Measuring(fx.Interpreter):
         if storage._cdata not in self.kept:
             self.kept.add(storage._cdata)
             self.alive.append(tensor)
-            size = storage.nbytes()
+            size: Any = storage.nbytes()
             self._saved += size if isinstance(size, int) else 0
         return tensor
 
@@ -110,10 +110,10 @@ class _Measuring(fx.Interpreter):
             for i, t in enumerate(tensors)
         )
         if is_mutating(n):
-            self._mark_written(n)
+            self._mark_written()
         return result
 
-    def _mark_written(self, n: fx.Node) -> None:
+    def _mark_written(self) -> None:
         """A tensor that was written into may have come to need a gradient: look again at every value so far."""
         for node, value in self.env.items():
             if not node.meta.get("requires_grad") and isinstance(value, torch.Tensor) and value.requires_grad:

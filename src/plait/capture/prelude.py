@@ -72,7 +72,12 @@ def _written(graph: fx.Graph) -> set[fx.Node]:
         schema = getattr(node.target, "_schema", None)
         if node.op == "call_function" and schema is not None and node.args and isinstance(node.args[0], fx.Node):
             aliased = bool(schema.arguments) and schema.arguments[0].alias_info is not None
-            if aliased or "view" in str(node.target) or "reshape" in str(node.target) or "contiguous" in str(node.target):
+            if (
+                aliased
+                or "view" in str(node.target)
+                or "reshape" in str(node.target)
+                or "contiguous" in str(node.target)
+            ):
                 base[node] = base.get(node.args[0], node.args[0])
             if is_mutating(node):
                 written |= {node, node.args[0], base.get(node, node)}

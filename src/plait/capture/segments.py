@@ -146,9 +146,7 @@ def _thin(cuts: list[int], most: int) -> list[int]:
     return sorted({cuts[int(i * step)] for i in range(most - 1)})
 
 
-def _narrow(
-    nodes: list[fx.Node], work: list[int], live: list[set[fx.Node]], barred: set[int]
-) -> list[tuple[int, int]]:
+def _narrow(nodes: list[fx.Node], work: list[int], live: list[set[fx.Node]], barred: set[int]) -> list[tuple[int, int]]:
     """(position, module depth) of the local minima of the live bytes and of single live tensors.
 
     Of a plateau, each change of module.
@@ -180,7 +178,9 @@ def _narrow(
 
 def _cuttable(values: set[fx.Node]) -> bool:
     """Only plain tensors can be sent: a list (the result of a chunk, before its getitems) or a size cannot."""
-    return all(len(node.meta.get("specs", ())) == 1 and isinstance(node.meta.get("val"), torch.Tensor) for node in values)
+    return all(
+        len(node.meta.get("specs", ())) == 1 and isinstance(node.meta.get("val"), torch.Tensor) for node in values
+    )
 
 
 def _is_border(nodes: list[fx.Node], work: list[int], k: int) -> bool:

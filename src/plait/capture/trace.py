@@ -127,7 +127,7 @@ def loss_of(outputs: Any, targets: Any, loss: Callable[[Any, Any], torch.Tensor]
         TargetError: there is no scalar to train on.
     """
     if loss is not None:
-        value = loss(outputs, targets)
+        value: Any = loss(outputs, targets)
     elif isinstance(outputs, torch.Tensor):
         value = outputs
     elif isinstance(outputs, dict) or hasattr(outputs, "loss"):
@@ -153,7 +153,7 @@ def _export_any(
                 return _export(job, whole, sample, dynamic, time_limit), with_loss
             except TargetError:
                 raise
-            except _OutOfTime:
+            except _OutOfTimeError:
                 raise CaptureError(
                     f"capture: took longer than {time_limit:.0f} s and was stopped",
                     hint="raise the time limit, or run under dp or fsdp only, which needs no capture",
@@ -171,9 +171,7 @@ def _export(
     if dynamic:
         leaves, spec = pytree.tree_flatten(sample)
         dims = batches.dims_of(job)
-        open_dims = [
-            {dim: Dim.AUTO} if dim is not None else None for _, dim in zip(leaves, dims, strict=True)
-        ]
+        open_dims = [{dim: Dim.AUTO} if dim is not None else None for _, dim in zip(leaves, dims, strict=True)]
         inputs, targets = pytree.tree_unflatten(open_dims, spec)
         shapes = {"inputs": inputs, "targets": targets}
     with _no_noise(), _alarm(time_limit), fixed_python_randomness() as check:
@@ -204,7 +202,7 @@ def _no_noise() -> Iterator[None]:
         logging.disable(before)
 
 
-class _OutOfTime(Exception):
+class _OutOfTimeError(Exception):
     pass
 
 
@@ -215,7 +213,7 @@ def _alarm(seconds: float) -> Iterator[None]:
         return
 
     def stop(_signal: int, _frame: object) -> None:
-        raise _OutOfTime
+        raise _OutOfTimeError
 
     before = signal.signal(signal.SIGALRM, stop)
     signal.setitimer(signal.ITIMER_REAL, seconds)
@@ -297,7 +295,7 @@ def _clean(
         batch=size,
         aliases=aliases,
         constants=constants,
-        outputs_spec=None if has_loss else exported.module_call_graph[0].signature.out_spec,  # type: ignore[union-attr]
+        outputs_spec=None if has_loss else exported.module_call_graph[0].signature.out_spec,
     )
 
 
@@ -314,7 +312,7 @@ def _placeholders(
     job: Job, module: nn.Module, exported: torch.export.ExportedProgram, graph: fx.Graph, size: int
 ) -> tuple[dict[str, Placeholder], dict[str, torch.Tensor]]:
     signature = exported.graph_signature
-    parameters = {n: p for n, p in module.named_parameters(remove_duplicate=False)}
+    parameters = dict(module.named_parameters(remove_duplicate=False))
     inputs = [path_name(path) for path, _ in pytree.tree_flatten_with_path(job.batch)[0]]
     user_inputs = iter(inputs)
     found: dict[str, Placeholder] = {}
@@ -412,4 +410,3 @@ def _normalise_output(graph: fx.Graph) -> None:
     output = graph.output_node()
     values = tuple(v for v in pytree.tree_leaves(output.args[0]) if isinstance(v, fx.Node))
     output.args = (values,)
-

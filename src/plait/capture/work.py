@@ -127,10 +127,10 @@ def _gemm(node: fx.Node) -> tuple[int, int, int, int] | None:
         depth = math.sqrt(sizes / max(1, math.prod(out))) if len(operands) == 2 else 1.0
         return (1, math.prod(out), 1, max(1, round(depth)))
     if name == "_grouped_mm":
-        rows, weight = _shape(args[0]), _shape(args[1])
-        if len(rows) == 2 and len(weight) == 3:  # every row meets one expert
-            return (1, rows[0], weight[-1], weight[-2])
-        return (1, math.prod(out[:-1]), out[-1], rows[-1])
+        tokens, experts = _shape(args[0]), _shape(args[1])
+        if len(tokens) == 2 and len(experts) == 3:  # every row meets one expert
+            return (1, tokens[0], experts[-1], experts[-2])
+        return (1, math.prod(out[:-1]), out[-1], tokens[-1])
     left, right = _shape(args[0]), _shape(args[1])
     if not left or not right:
         return None
@@ -184,7 +184,7 @@ def build_graph(program: Program) -> Graph:
     return Graph(
         name=program.job.name or "model",
         batch=program.batch,
-        tokens_per_sample=_tokens(program, inputs),
+        tokens_per_sample=_tokens(inputs),
         inputs=tuple(inputs),
         parameters=tuple(parameters.values()),
         buffers=tuple(_buffer_specs(program)),
@@ -198,7 +198,7 @@ def _is_input(program: Program, node: fx.Node) -> bool:
     return program.placeholders[node.name].kind == "input"
 
 
-def _tokens(program: Program, inputs: list[TensorSpec]) -> int:
+def _tokens(inputs: list[TensorSpec]) -> int:
     """Positions per sample: the second size of the first integer input of two dimensions, else 1."""
     for spec in inputs:
         if spec.dtype in ("int64", "int32") and len(spec.shape) == 2:
@@ -282,7 +282,9 @@ def _common_name(row: list[fx.Node]) -> str:
 
     paths = [module_path(node) for node in row if module_path(node)]
     if not paths:
-        in_model = any(str(path).startswith("model") for n in row for path, _ in (n.meta.get("nn_module_stack") or {}).values())
+        in_model = any(
+            str(path).startswith("model") for n in row for path, _ in (n.meta.get("nn_module_stack") or {}).values()
+        )
         return "model" if in_model else "loss"
     common = paths[0]
     for path in paths[1:]:

@@ -127,7 +127,7 @@ def apply(program: Program, built: Built, plan: Plan, world: World) -> Applied:
     for stage in stages.values():
         filler.fill(stage)
     holders = _stages_of_names(program, module, bounds, plan)
-    owned = _held(filler, program, holders, world)
+    owned = _held(filler, holders, world)
     parameters = {h.name: h for h in owned if isinstance(h.tensor, nn.Parameter)}
     buffers = {h.name: h for h in owned if not isinstance(h.tensor, nn.Parameter) and h.name not in program.constants}
     reached = {p.name for p in program.placeholders.values() if p.kind == "parameter" and p.trainable and p.reached}
@@ -181,7 +181,7 @@ class _Filler:
 
     def fill(self, stage: StageModule) -> None:
         """Fill a stage, apply recomputation and FSDP to its units."""
-        units: list[Unit] = [stage.prelude, *stage.units]  # type: ignore[list-item]
+        units: list[Unit] = [stage.prelude, *stage.units]
         if self._plan.fsdp == 1:
             for unit in units:
                 self._fill_unit(unit)
@@ -196,7 +196,8 @@ class _Filler:
             recompute_unit(unit, self._plan.recompute_of(unit.first_segment))
         if self._plan.fsdp > 1:
             self._shard([stage])
-            stage.set_is_last_backward(True)  # type: ignore[attr-defined]
+            assert isinstance(stage, FSDPModule)
+            stage.set_is_last_backward(True)
             for module in stage.modules():
                 if isinstance(module, FSDPModule):
                     # The loss of each part carries its weight, so shards are summed, not averaged.
@@ -298,7 +299,7 @@ def _stages_of_names(
     return {name: sorted(places) for name, places in found.items()}
 
 
-def _held(filler: _Filler, program: Program, holders: dict[str, list[int]], world: World) -> Iterator[Held]:
+def _held(filler: _Filler, holders: dict[str, list[int]], world: World) -> Iterator[Held]:
     for name, tensor in filler.tensors.items():
         layout = filler.layouts[name]
         first = world.index("pp") == holders.get(name, [0])[0] % max(1, _pp(world))

@@ -71,7 +71,7 @@ class BatchNorm:
         bias: torch.Tensor | None,
         running_mean: torch.Tensor | None,
         running_var: torch.Tensor | None,
-        training: bool,
+        training: bool,  # noqa: ARG002  aten.batch_norm's arguments
         momentum: float,
         eps: float,
         cudnn: bool,
@@ -86,18 +86,18 @@ class BatchNorm:
         shape = [1, -1] + [1] * (x.dim() - 2)
         counts = float(_COUNTS.get())
         count = x.new_tensor([x.numel() / x.shape[1] * counts])
-        total = _SumOverGroup.apply(torch.cat([x.sum(dims) * counts, count]), self._group)
+        total = _SumOverGroup.apply(torch.cat([x.sum(dims) * counts, count]), self._group)  # type: ignore[no-untyped-call]
         n = total[-1].detach().clamp(min=1.0)
         mean = total[:-1] / n
         # A second pass over centred values: one all-reduce more, but no cancellation where the mean is large.
-        centred = x - mean.view(shape)
-        variance = _SumOverGroup.apply((centred * centred).sum(dims) * counts, self._group) / n
+        centred: torch.Tensor = x - mean.view(shape)
+        variance = _SumOverGroup.apply((centred * centred).sum(dims) * counts, self._group) / n  # type: ignore[no-untyped-call]
         with torch.no_grad():
             if running_mean is not None and running_var is not None and float(total[-1]) > 0:
                 running_mean.lerp_(mean.to(running_mean.dtype), momentum)
                 unbiased = variance * (n / (n - 1).clamp(min=1.0))
                 running_var.lerp_(unbiased.to(running_var.dtype), momentum)
-        out = centred * torch.rsqrt(variance + eps).view(shape)
+        out: torch.Tensor = centred * torch.rsqrt(variance + eps).view(shape)
         if weight is not None:
             out = out * weight.view(shape)
         return out if bias is None else out + bias.view(shape)

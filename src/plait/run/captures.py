@@ -182,7 +182,8 @@ def _join(applied: Applied, capture: Capture, samples: int) -> None:
     for index, graph in capture.stages.items():
         ours = first.stages[index]
         same = len(graph.units) == len(ours.units) and all(
-            set(_stored(a)) <= set(_stored(b)) for a, b in zip([graph.prelude, *graph.units], [ours.prelude, *ours.units], strict=False)
+            set(_stored(a)) <= set(_stored(b))
+            for a, b in zip([graph.prelude, *graph.units], [ours.prelude, *ours.units], strict=False)
         )
         if not same:
             raise _refused(first.program, samples, "the model's operators differ between them")

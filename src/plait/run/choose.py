@@ -56,14 +56,13 @@ def _runnable(result: SearchResult, batch: int) -> Estimate:
 
 
 def _told(result: SearchResult) -> list[str]:
-    lines = ["plans by predicted time of a step:"]
-    for found in result.plans:
-        lines.append(f"  {1e3 * found.step_time_s:9.1f} ms  {found.peak_memory / 2**30:6.2f} GiB  {found.plan.spec()}")
-    return lines
+    rows = (f"  {1e3 * p.step_time_s:9.1f} ms  {p.peak_memory / 2**30:6.2f} GiB  {p.plan.spec()}" for p in result.plans)
+    return ["plans by predicted time of a step:", *rows]
 
 
 def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    sys.stderr.write(line + "\n")
+    sys.stderr.flush()
 
 
 def side_by_side(predicted: Estimate, measured: dict[str, Any]) -> dict[str, Any]:

@@ -35,7 +35,7 @@ def losses_of_parts(
 
 @contextmanager
 def _eval_mode(run: Run) -> Iterator[None]:
-    units = [unit for stage in run.applied.stages.values() for unit in stage.units]
+    units: list[Any] = [unit for stage in run.applied.stages.values() for unit in stage.units]
     random = any(is_random(node) for node in run.applied.program.module.graph.nodes)
     quiet: AbstractContextManager[Any] = NoRandomness() if random else nullcontext()
     with ExitStack() as stack:

@@ -82,7 +82,7 @@ def run_train(
     bound = bound_plan(plan, devices) if chosen is None else chosen.plan
     if bound.cp > 1 or bound.ep > 1:
         raise PlanError("plan: cp and ep can be planned but not run yet", hint="use cp=1,ep=1")
-    folder = run_dir or Path("runs") / f"{_slug(target)}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
+    folder = run_dir or Path("runs") / f"{_slug(target)}-{datetime.datetime.now().astimezone():%Y%m%d-%H%M%S}"
     result = in_processes(_train_here, (target, bound, folder, data, {**options, "quiet": json}), bound.devices)
     if result is None:
         return None
@@ -130,7 +130,6 @@ def _slug(text: str) -> str:
 
 
 def _write_certificate(path: Path, target: str, plan: Plan, result: dict[str, Any]) -> None:
-    import json
     from importlib.metadata import version
 
     record = {
@@ -143,4 +142,4 @@ def _write_certificate(path: Path, target: str, plan: Plan, result: dict[str, An
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_suffix(".tmp")
     aside.write_text(json_module.dumps(record, indent=1), encoding="utf-8")
-    os.replace(aside, path)
+    aside.replace(path)

@@ -81,9 +81,7 @@ class Layout:
     def rows(self, start: int, stop: int) -> Layout:
         """The share left when only local rows `start:stop` of dim 0 are kept (FSDP's shard)."""
         start, stop = min(start, self.local_shape[0]), min(stop, self.local_shape[0])
-        return Layout(
-            self.shape, (stop - start, *self.local_shape[1:]), tuple(self._cut(0, start, stop, 0))
-        )
+        return Layout(self.shape, (stop - start, *self.local_shape[1:]), tuple(self._cut(0, start, stop, 0)))
 
     def _cut(self, dim: int, start: int, stop: int, out: int) -> list[Piece]:
         found = []

@@ -73,7 +73,9 @@ class Log:
             record["learning_rate"] = rate
         self._record(record, step)
         if self._progress is not None and self._task is not None:
-            per_second = f"{tokens_per_s:,.0f} tokens/s" if tokens_per_s > samples_per_s else f"{samples_per_s:,.1f} samples/s"
+            per_second = (
+                f"{tokens_per_s:,.0f} tokens/s" if tokens_per_s > samples_per_s else f"{samples_per_s:,.1f} samples/s"
+            )
             self._progress.update(self._task, completed=step, loss=f"{loss:.4f}", rate=per_second)
 
     def advance(self, step: int) -> None:

@@ -64,8 +64,8 @@ def apply_own_modules(job: Job, built: Built, plan: Plan, world: World, samples:
         layout = fsdp_layout(Layout.full(shape), tensor)
         owns = world.index("dp") == 0 and (isinstance(tensor, DTensor) or world.index("fsdp") == 0)
         parameters[name] = Held(name, tensor, layout, owns)
-    for name, tensor in module.named_buffers():
-        buffers[name] = Held(name, tensor, Layout.full(tuple(tensor.shape)), world.rank == 0)
+    for name, buffer in module.named_buffers():
+        buffers[name] = Held(name, buffer, Layout.full(tuple(buffer.shape)), world.rank == 0)
     replicated = [h.tensor for h in parameters.values() if not isinstance(h.tensor, DTensor)]
     trained = [p for p in replicated if isinstance(p, nn.Parameter) and p.requires_grad]
     reducer = None
@@ -190,7 +190,7 @@ class _OwnModules(nn.Module):
         self._ran: set[str] = set()
         for name, part in module.named_modules():
             if part._parameters:
-                part.register_forward_pre_hook(lambda *_, name=name: self._ran.add(name))  # type: ignore[misc]
+                part.register_forward_pre_hook(lambda *_, name=name: self._ran.add(name))
 
     def forward(self, samples: int = 0, **leaves: Any) -> tuple[torch.Tensor]:
         """The loss of one part of a batch."""
@@ -229,7 +229,8 @@ class _BatchNormMode(TorchFunctionMode):
         if not given["training"]:
             return func(*args, **kwargs)
         names = ("input", "weight", "bias", "running_mean", "running_var", "training", "momentum", "eps")
-        return self._function(*(given[name] for name in names), False)
+        x, weight, bias, mean, var, training, momentum, eps = (given[name] for name in names)
+        return self._function(x, weight, bias, mean, var, training, momentum, eps, False)
 
 
 _BATCH_NORM = inspect.signature(nn.functional.batch_norm)

@@ -37,15 +37,16 @@ class _Hidden(nn.Module):
 
     def __init__(self, stage: StageModule) -> None:
         super().__init__()
-        object.__setattr__(self, "stage", stage)
+        self._stage = (stage,)  # in a tuple, so that it is no submodule
 
     def forward(self, *live: torch.Tensor, **inputs: Any) -> tuple[torch.Tensor, ...]:
         """As the stage."""
-        return self.stage(*live, **inputs)
+        result: tuple[torch.Tensor, ...] = self._stage[0](*live, **inputs)
+        return result
 
     def parameters(self, recurse: bool = True) -> Any:
         """The stage's: zero-bubble schedules split the backward by them."""
-        return self.stage.parameters(recurse)
+        return self._stage[0].parameters(recurse)
 
 
 class _Stage(PipelineStage):
@@ -147,11 +148,11 @@ def schedule_for(
 ) -> Any:
     """torch's schedule object for this process's `stages` (index -> module) and these microbatch sizes.
 
-    `edges[m][i]` is what crosses in front of stage i in microbatch m. With fewer microbatches than 1F1B needs, all forwards run first.
+    `edges[m][i]` is what crosses in front of stage i in microbatch m. With fewer microbatches than 1F1B needs, all
+    forwards run first.
     """
-    parts = [
-        _Stage(stage, index, plan, device, group, sizes, edges)
-        for index, stage in sorted(stages.items())
+    parts: list[Any] = [
+        _Stage(stage, index, plan, device, group, sizes, edges) for index, stage in sorted(stages.items())
     ]
     options: dict[str, Any] = {"n_microbatches": len(sizes), "loss_fn": loss, "scale_grads": False}
     few = len(sizes) < plan.stages

@@ -197,7 +197,8 @@ def _serve(rank: int, pipe: multiprocessing.connection.Connection, threads: int)
         except PlaitError as error:
             answer = (False, error)
         except BaseException as error:
-            print(f"[process {rank}]\n{traceback.format_exc()}", file=sys.stderr, flush=True)
+            sys.stderr.write(f"[process {rank}]\n{traceback.format_exc()}")
+            sys.stderr.flush()
             last = traceback.extract_tb(error.__traceback__)[-1]
             text = (str(error).strip().splitlines() or [""])[0]
             answer = (

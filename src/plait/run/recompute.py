@@ -53,7 +53,7 @@ def recompute_unit(unit: Unit, choice: str) -> None:
     def contexts(before: dict[str, torch.Tensor]) -> tuple[Any, Any]:
         if choice == "full":
             return ExitStack(), again(before)
-        first, second = create_selective_checkpoint_contexts(_policy)
+        first, second = create_selective_checkpoint_contexts(_policy)  # type: ignore[no-untyped-call]
         return first, _Both(again(before), second)
 
     def around(call: Any, *values: Any) -> Any:
@@ -76,5 +76,5 @@ class _Both:
         for context in self._contexts:
             self._stack.enter_context(context)
 
-    def __exit__(self, *problem: Any) -> None:
+    def __exit__(self, *problem: object) -> None:
         self._stack.close()

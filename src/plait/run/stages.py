@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -65,7 +66,7 @@ def stage_bounds(graph: Graph, plan: Plan) -> list[tuple[int, int]]:
     """(first segment, end) of every stage."""
     cuts = plan.cuts or balanced_cuts(graph, plan.stages)
     edges = [0, *cuts, len(graph.segments)]
-    return list(zip(edges, edges[1:], strict=False))
+    return list(pairwise(edges))
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from typing import Any, Self
 
 import torch
 import torch.distributed as dist
+from torch.distributed.fsdp import FSDPModule
 from torch.utils import _pytree as pytree
 
 from plait.capture import batch as batches
@@ -56,7 +57,7 @@ def start(
     if change is not None:
         built = built.changed(change)
     table = shares(size, bound.microbatches, bound.replicas)
-    part = max(1, max(stop - start for row in table for start, stop in row))
+    part = max(1, *(stop - start for row in table for start, stop in row))
     try:
         program = trace(job, module=built.module, batch=part)
     except CaptureError as reason:
@@ -232,9 +233,7 @@ class Run:
 
     # -- the parts of a batch
 
-    def _parts(
-        self, batch: tuple[Any, Any], share_of: int | None = None
-    ) -> tuple[list[tuple[Any, Any]], list[float]]:
+    def _parts(self, batch: tuple[Any, Any], share_of: int | None = None) -> tuple[list[tuple[Any, Any]], list[float]]:
         """This process's microbatches, and each one's weight in the step's loss (0 for a stand-in)."""
         size = batches.batch_size(self.job, batch) if share_of is None else share_of
         count = min(self.plan.microbatches, size)
@@ -283,10 +282,10 @@ class Run:
 
     def _train_one(self, inputs: dict[str, Any], target: tuple[Any, float], *, last: bool) -> torch.Tensor:
         stage = self.applied.stages[0]
-        if self.applied.sharded_by_fsdp:
-            stage.set_is_last_backward(last)  # type: ignore[attr-defined]
+        if isinstance(stage, FSDPModule):
+            stage.set_is_last_backward(last)
             if self.plan.zero == 1:
-                stage.set_requires_gradient_sync(last)  # type: ignore[attr-defined]
+                stage.set_requires_gradient_sync(last)
         with nothing_counts(target[1] == 0.0):
             loss = self.loss_of_outputs(stage(**inputs), target)
         with torch.autocast(self.world.device.type, enabled=False):
@@ -301,7 +300,13 @@ class Run:
             group = self.world.group("pp")
             assert group is not None
             self._schedules[key] = schedule_for(
-                self.plan, self.applied.stages, [self.applied.edges_for(n) for n in sizes], sizes, self.world.device, group, self.loss_of_outputs
+                self.plan,
+                self.applied.stages,
+                [self.applied.edges_for(n) for n in sizes],
+                sizes,
+                self.world.device,
+                group,
+                self.loss_of_outputs,
             )
         return [loss.detach() for loss in run_pipeline(self._schedules[key], inputs, targets)]
 
@@ -312,6 +317,7 @@ class Run:
         return {**dict(zip(names, pytree.tree_leaves(part), strict=True)), "samples": size}
 
     def loss_of_outputs(self, outputs: tuple[torch.Tensor, ...], target: tuple[Any, float]) -> torch.Tensor:
+        """One part's loss times its weight, from what the last stage gave."""
         targets, weight = target
         if self.applied.program.has_loss:
             return outputs[0] * weight

@@ -97,9 +97,7 @@ def _resume(run: Run, source: Batches, options: TrainOptions, log: Log) -> dict[
     return {"resumed_from": run.steps_done}
 
 
-def _loop(
-    run: Run, source: Batches, total: int, size: int, options: TrainOptions, log: Log
-) -> dict[str, Any]:
+def _loop(run: Run, source: Batches, total: int, size: int, options: TrainOptions, log: Log) -> dict[str, Any]:
     tokens_per_sample = run.tokens_per_sample
     losses: list[float] = []
     times: list[float] = []

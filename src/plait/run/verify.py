@@ -10,12 +10,19 @@ import torch
 import torch.distributed as dist
 
 from plait.capture import batch as batches
-from plait.capture.build import build
 from plait.capture.job import Job
 from plait.capture.trace import user_line
 from plait.errors import PlaitError, TargetError
 from plait.run.randomness import NoRandomness, reseed_python
-from plait.run.reference import GRADIENT_FLOOR, ROUNDING, Reference, batch_of_step, moved, reference_module, run_reference
+from plait.run.reference import (
+    GRADIENT_FLOOR,
+    ROUNDING,
+    Reference,
+    batch_of_step,
+    moved,
+    reference_module,
+    run_reference,
+)
 from plait.run.start import Run, start
 from plait.run.world import World, join
 from plait.schema import Plan
