@@ -45,6 +45,8 @@ class Reference:
     losses: list[float]
     gradients: dict[str, torch.Tensor]
     """At the first step, after clipping; parameters that got one."""
+    start: dict[str, torch.Tensor]
+    """Parameters before the first step."""
     parameters: dict[str, torch.Tensor]
     """After the last step."""
     resolved: dict[str, torch.Tensor]
@@ -98,6 +100,7 @@ def run_reference(
     bounds = rows if depends else [(0, samples)]
 
     aliases = tied_names(module)
+    start = {aliases.get(n, n): p.detach().clone() for n, p in module.named_parameters()}
     rounding = _rounding(job, module, plan, first, bounds, quiet)
     named = [(n, p) for n, p in module.named_parameters()]
     optimizer = job.optimizer(named) if job.optimizer is not None else torch.optim.AdamW(named, lr=1e-3)
@@ -126,7 +129,7 @@ def run_reference(
         if scheduler is not None:
             scheduler.step()
     parameters = {aliases.get(n, n): p.detach().clone() for n, p in named}
-    return Reference(losses, gradients, parameters, resolved, rounding, rms, len(bounds), part_loss)
+    return Reference(losses, gradients, start, parameters, resolved, rounding, rms, len(bounds), part_loss)
 
 
 def _rounding(

@@ -92,6 +92,7 @@ def verify(
     reference = _shared(reference, problem, world)
     reseed_python()
     run = start(job, bound, batch=samples, seed=seed, world=world, change=moved)
+    other_start = _other_start(run, reference)
     losses, gradient_errors = [], {}
     with NoRandomness():
         for step in range(steps):
@@ -99,7 +100,7 @@ def verify(
             if step == 0:
                 gradient_errors = _gradient_errors(run, reference)
             run.update()
-    return _verdict(run, reference, bound, samples, losses, gradient_errors, _parameter_errors(run, reference))
+    return _verdict(run, reference, bound, samples, losses, gradient_errors, _parameter_errors(run, reference), other_start)
 
 
 def _shared(reference: Reference | None, problem: Exception | None, world: World) -> Reference:
@@ -139,6 +140,20 @@ def _gradient_errors(run: Run, reference: Reference) -> dict[str, _Sum]:
         got = gradients[name].cpu() if name in gradients else torch.zeros_like(share)
         errors[name] = _Sum(_square(got - share), _square(share), got.numel())
     return errors
+
+
+def _other_start(run: Run, reference: Reference) -> list[str]:
+    """Parameters that start from other values than one device's, in any process."""
+    own = [
+        name
+        for name, held in run.applied.parameters.items()
+        if not torch.equal(held.local.detach().cpu(), held.layout.take(reference.start[name]).cpu())
+    ]
+    everyone: list[Any] = [own]
+    if run.world.size > 1:
+        everyone = [None] * run.world.size
+        dist.all_gather_object(everyone, own)
+    return sorted({name for names in everyone for name in names})
 
 
 def _parameter_errors(run: Run, reference: Reference) -> dict[str, _Sum]:
@@ -196,6 +211,7 @@ def _verdict(
     losses: list[float],
     own_gradients: dict[str, _Sum],
     own_parameters: dict[str, _Sum],
+    other_start: list[str],
 ) -> Verdict:
     floor = GRADIENT_FLOOR * reference.gradient_rms
     low = {p.dtype for p in run.graph.parameters} & {"bfloat16", "float16"}
@@ -208,10 +224,10 @@ def _verdict(
     parameters = {n: _relative(s, 0.0) for n, s in sums.items()}
     missing = sorted(set(reference.gradients) - set(gradients))
     loss_diff = max(abs(a - b) / max(1.0, abs(b)) for a, b in zip(losses, reference.losses, strict=True))
-    names = sorted(parameters, key=lambda n: -_key(max(gradients.get(n, 0.0), parameters[n])))
+    names = sorted(parameters, key=lambda n: (n not in other_start, -_key(max(gradients.get(n, 0.0), parameters[n]))))
     worst = [{"name": n, "grad_rel_err": gradients.get(n, 0.0), "param_rel_err": parameters[n]} for n in names[:5]]
     grad_err, param_err = max(gradients.values(), default=0.0), max(parameters.values(), default=0.0)
-    ok = not missing and all(_within(e, tolerance) for e in (loss_diff, grad_err, param_err))
+    ok = not missing and not other_start and all(_within(e, tolerance) for e in (loss_diff, grad_err, param_err))
     return Verdict(
         ok=ok,
         plan=replace(plan).spec(),
@@ -229,7 +245,7 @@ def _verdict(
         microbatches_on_one_device=reference.cut_into,
         unresolved_elements=sum(s.left_out for s in sums.values()),
         parameters=len(parameters),
-        notes=_notes(run, reference, missing, ok, tolerance),
+        notes=_notes(run, reference, missing, other_start, ok, tolerance),
     )
 
 
@@ -241,15 +257,17 @@ def _within(error: float, tolerance: float) -> bool:
     return not math.isnan(error) and error <= tolerance
 
 
-def _notes(run: Run, reference: Reference, missing: list[str], ok: bool, tolerance: float) -> list[str]:
+def _notes(run: Run, reference: Reference, missing: list[str], other_start: list[str], ok: bool, tolerance: float) -> list[str]:
     notes = list(run.applied.notes)
     if tolerance > TOLERANCE[run.plan.precision]:
-        notes.append(f"the model has parameters of 8 or 11 bits of mantissa, and so the tolerance is {tolerance:g}")
+        notes.append(f"the model's own parameters are bfloat16 or float16: the tolerance is {tolerance:g}")
     if reference.cut_into > 1:
         notes.append(
             f"the model's result depends on how a batch is cut (batch norm, or a batch-wide loss): one device "
             f"accumulated the same {reference.cut_into} microbatches"
         )
+    if other_start:
+        notes.append(f"other values than one device's before the first step: {', '.join(other_start[:5])}")
     if missing:
         notes.append(f"no gradient arrived at: {', '.join(missing[:5])}")
     first = reference.losses[0]
