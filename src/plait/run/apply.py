@@ -79,8 +79,12 @@ class Applied:
     split_by_tp: frozenset[str] = frozenset()
     """Parameters of which each tensor-parallel process holds a part."""
     notes: list[str] = field(default_factory=list)
-    captured: bool = True
     after_backward: Callable[[], None] | None = None
+
+    @property
+    def captured(self) -> bool:
+        """Whether the model's graph is run, not its own modules."""
+        return bool(self.captures)
 
     def program_for(self, samples: int) -> Program:
         """The capture that serves microbatches of `samples`.
