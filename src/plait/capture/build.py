@@ -106,4 +106,5 @@ def _put_stand_ins(deferred: Deferred) -> None:
             made[id(tensor)] = stand_in
         owner, _, attribute = name.rpartition(".")
         slots = module.get_submodule(owner)
-        (slots._parameters if attribute in slots._parameters else slots._buffers)[attribute] = made[id(tensor)]
+        table: dict[str, Any] = slots._parameters if attribute in slots._parameters else slots._buffers
+        table[attribute] = made[id(tensor)]

@@ -79,9 +79,10 @@ class BatchNorm:
         """x: [N, C, ...]; normalised per channel over every other dim and over the group."""
         evaluating = _EVALUATING.get() and running_mean is not None
         if evaluating or self._group is None:
-            return torch.ops.aten.batch_norm.default(
+            plain: torch.Tensor = torch.ops.aten.batch_norm.default(
                 x, weight, bias, running_mean, running_var, not evaluating, momentum, eps, cudnn
             )
+            return plain
         dims = [d for d in range(x.dim()) if d != 1]
         shape = [1, -1] + [1] * (x.dim() - 2)
         counts = float(_COUNTS.get())

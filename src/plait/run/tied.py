@@ -20,16 +20,13 @@ class TiedWeights:
 
     def __init__(self, holders: dict[str, list[int]], plan: Plan, world: World) -> None:
         self._groups: dict[str, dist.ProcessGroup] = {}
-        made: dict[tuple[int, ...], list[dist.ProcessGroup | None]] = {}
+        made: dict[tuple[int, ...], list[tuple[list[int], dist.ProcessGroup]]] = {}
         # Every process makes every group, in the same order: new_group is a collective.
         for name in sorted(holders):
             ranks = tuple(sorted({stage % plan.pp for stage in holders[name]}))
             if ranks not in made:
-                made[ranks] = [
-                    dist.new_group(members) if world.rank in members else _other(members)
-                    for members in world.ranks_of_stages(list(ranks))
-                ]
-            mine = [group for group in made[ranks] if group is not None]
+                made[ranks] = [(members, dist.new_group(members)) for members in world.ranks_of_stages(list(ranks))]
+            mine = [group for members, group in made[ranks] if world.rank in members]
             if mine:
                 self._groups[name] = mine[0]
 
@@ -42,7 +39,3 @@ class TiedWeights:
         """All-reduce, in place, the local gradients of the tied weights, by name, in the same order everywhere."""
         for name, group in sorted(self._groups.items()):
             dist.all_reduce(gradients[name], group=group)
-
-
-def _other(members: list[int]) -> None:
-    dist.new_group(members)
