@@ -1,0 +1,1 @@
+"""Plan -> job for an engine: one file per engine, `launch` writes what it says."""

@@ -1,0 +1,267 @@
+"""`launch`: a target and a plan -> the files of a job on an engine, and, only when asked, its start."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from plait.errors import PlaitError, PlanError, RequestError
+from plait.hardware.catalogue import Accelerator, find
+from plait.jobs.engines import engine_called
+from plait.jobs.placement import check_placement, shape_of
+from plait.jobs.request import Engine, Job, Request, Submit
+from plait.jobs.target import check_target_exists, relative_target
+from plait.plan.space import unsupported
+from plait.schema import Plan
+
+__all__ = ["LaunchOptions", "launch"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LaunchOptions:
+    """What `plait launch` takes beside target, plan and engine."""
+
+    nodes: int | None = None
+    devices_per_node: int | None = None
+    gpu_type: str | None = None
+    output: Path | None = None
+    submit: bool = False
+    force: bool = False
+    """Write over files that were changed."""
+    tp_across_nodes: bool = False
+    name: str | None = None
+    image: str = ""
+    spot: bool = False
+    interface: str = ""
+    hosts: tuple[str, ...] = ()
+    restarts: int = 3
+    run_dir: str = ""
+    steps: int | None = None
+    batch: int | None = None
+    seed: int | None = None
+    data: str | None = None
+
+
+def launch(target: str, plan: str | Plan, to: str, options: LaunchOptions | None = None) -> dict[str, Any]:
+    """Write the job's files and say what they are; start it only with `options.submit`.
+
+    Raises:
+        RequestError: engine, target, plan, accelerator or sizes that do not fit; says what to change.
+        PlaitError: the engine's own command refused the job.
+    """
+    options = options or LaunchOptions()
+    engine = engine_called(to)
+    loaded = Plan.load(plan)
+    check_target_exists(target)
+    if reasons := unsupported(loaded):
+        raise PlanError(
+            f"launch: plait cannot run this plan: {reasons[0]}", hint="`plait plan --runnable` leaves such plans out"
+        )
+    request = _request(target, loaded, engine, options, _part(options.gpu_type, plan))
+    axes = check_placement(loaded, request.devices_per_node, tp_may_cross=options.tp_across_nodes)
+    job = engine.write(request)
+    folder = request.root / request.folder
+    _write(folder, job, force=options.force)
+    notes = [*job.notes]
+    if request.part is None and not request.cpu_only and engine.name != "torchrun":
+        notes.append("no --gpu-type was given: the job asks for no accelerator")
+    if options.tp_across_nodes and any(axis.axis == "tp" and not axis.is_inside for axis in axes):
+        notes.append("tp crosses nodes, as asked: expect it to wait for the network in every layer")
+    result: dict[str, Any] = {
+        "engine": engine.name,
+        "name": request.name,
+        "target": request.target,
+        "plan": loaded.spec(),
+        "nodes": request.nodes,
+        "devices_per_node": request.devices_per_node,
+        "accelerator": None if request.part is None else request.part.name,
+        "placement": [{**axis.to_dict(), "inside_node": axis.is_inside} for axis in axes],
+        "folder": request.folder,
+        "files": [f"{request.folder}/{file.path}" for file in job.files],
+        "submit": list(job.submit.words),
+        "submitted": False,
+        "notes": notes,
+    }
+    if options.submit:
+        _submit(engine, job.submit, request)
+        result["submitted"] = True
+    return result
+
+
+def _request(target: str, plan: Plan, engine: Engine, options: LaunchOptions, part: Accelerator | None) -> Request:
+    root = Path.cwd()
+    if options.batch is not None:
+        plan.bound(batch=options.batch)
+    nodes, per_node = shape_of(plan, options.nodes, options.devices_per_node)
+    if options.hosts and len(options.hosts) != nodes:
+        raise RequestError(f"launch: --hosts names {len(options.hosts)} hosts, the job has {nodes} nodes")
+    name = _job_name(options.name or _name_of(target))
+    folder = options.output or Path("launch") / f"{name}-{engine.name}"
+    is_cpu = part is not None and part.device.torch_device == "cpu"
+    return Request(
+        target=relative_target(target, root, must_lie_within=engine.sends_folder),
+        plan=plan,
+        nodes=nodes,
+        devices_per_node=per_node,
+        name=name,
+        folder=_folder(folder, root, engine),
+        root=root,
+        part=None if is_cpu else part,
+        cpu_only=is_cpu or _is_cpu(options.gpu_type),
+        train=_train_words(options),
+        run_dir=options.run_dir,
+        image=options.image,
+        spot=options.spot,
+        interface=options.interface,
+        hosts=options.hosts,
+        restarts=options.restarts,
+    )
+
+
+def _is_cpu(name: str | None) -> bool:
+    return name is not None and name.strip().lower() == "cpu"
+
+
+def _train_words(options: LaunchOptions) -> tuple[str, ...]:
+    pairs = (("--steps", options.steps), ("--batch", options.batch), ("--seed", options.seed), ("--data", options.data))
+    return tuple(word for name, value in pairs if value is not None for word in (name, str(value)))
+
+
+def _part(name: str | None, plan: str | Plan) -> Accelerator | None:
+    """The accelerator asked for, else the one in a plan file that `plait plan -o` wrote.
+
+    Raises:
+        HardwareError: it is not in the catalogue.
+        RequestError: it cannot train, or plait cannot run on it.
+    """
+    if _is_cpu(name):
+        return None
+    if name is None:
+        name = _part_of_plan_file(plan)
+        if name is None:
+            return None
+    part = find(name)
+    if not part.device.trains:
+        after = f"; {part.successor} is its successor" if part.successor else ""
+        raise RequestError(
+            f"launch: {part.name} cannot train{after}", hint="`plait hardware list --trains` lists what can"
+        )
+    if not part.device.torch_device:
+        raise RequestError(
+            f"launch: no torch device is known for {part.name}, so plait cannot train on it",
+            hint="`plait hardware list --trains` lists what can",
+        )
+    return part
+
+
+def _part_of_plan_file(plan: str | Plan) -> str | None:
+    if isinstance(plan, Plan) or not Path(plan).is_file():
+        return None
+    import yaml
+
+    data = yaml.safe_load(Path(plan).read_text(encoding="utf-8"))
+    cluster = str(data.get("cluster", "")) if isinstance(data, dict) else ""
+    match = re.fullmatch(r"\d+\s*x\s*([^+]+)", cluster.strip())
+    return match.group(1) if match and match.group(1).lower() != "cpu" else None
+
+
+def _name_of(target: str) -> str:
+    """From examples/gpt.py:job?layers=4 to gpt; the function's name joins where it is not `job`."""
+    place = target.partition("?")[0]
+    if place.startswith("hf:"):
+        return place.removeprefix("hf:").rstrip("/").rpartition("/")[2]
+    file, _, function = place.rpartition(":")
+    stem = Path(file).stem if file.endswith(".py") or "/" in file else file.rpartition(".")[2]
+    return stem if function == "job" else f"{stem}-{function}"
+
+
+def _job_name(text: str) -> str:
+    """A name that every engine takes: a DNS label of at most 40 characters."""
+    name = re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:40].strip("-")
+    if not name:
+        raise RequestError(f"launch: {text!r} makes no name for a job", hint="give one with --name")
+    return name if name[0].isalpha() else f"plait-{name}"
+
+
+def _folder(folder: Path, root: Path, engine: Engine) -> str:
+    """Relative to the project where it lies within.
+
+    Raises:
+        RequestError: the engine sends the project along, and the folder lies outside.
+    """
+    whole = (root / folder).resolve()
+    if whole.is_relative_to(root.resolve()):
+        relative = whole.relative_to(root.resolve()).as_posix()
+        if relative != ".":
+            return relative
+        raise RequestError("launch: the job's files need a folder of their own", hint="pass -o launch/NAME")
+    if engine.sends_folder:
+        raise RequestError(
+            f"launch: {engine.name} sends the working directory along, and {folder} lies outside",
+            hint="pass -o with a folder inside it",
+        )
+    return whole.as_posix()
+
+
+def _write(folder: Path, job: Job, *, force: bool) -> None:
+    """Write the files, none of them if one was changed by somebody.
+
+    Raises:
+        RequestError: a file is there with another text, or the folder cannot be written.
+    """
+    try:
+        for file in job.files:
+            path = folder / file.path
+            if not force and path.exists() and path.read_text(encoding="utf-8") != file.text:
+                raise RequestError(
+                    f"launch: {path} is there already and differs", hint="pass --force to write over it, or another -o"
+                )
+        folder.mkdir(parents=True, exist_ok=True)
+        for file in job.files:
+            path = folder / file.path
+            path.write_text(file.text, encoding="utf-8", newline="\n")
+            if file.executable:
+                path.chmod(path.stat().st_mode | 0o111)
+    except (OSError, UnicodeDecodeError) as problem:
+        raise RequestError(f"launch: {folder}: {problem}") from None
+
+
+def _submit(engine: Engine, submit: Submit, request: Request) -> None:
+    """Run the engine's own command, its output on stderr.
+
+    Raises:
+        RequestError: it is not installed here.
+        PlaitError: it ended with another status than 0.
+    """
+    program, *rest = submit.words
+    command = " ".join(submit.words)
+    found = sys.executable if program == "python" else shutil.which(program)
+    if engine.name == "gcp-tpu" and shutil.which("gcloud") is None:
+        found = None
+    if found is None or (submit.module and not _has_module(submit.module)):
+        missing = submit.module if found is not None else ("gcloud" if engine.name == "gcp-tpu" else program)
+        raise RequestError(
+            f"launch: {missing} is not installed here, so the job was not started (its files are written)",
+            hint=f"{submit.install}; then: {command}",
+        )
+    if engine.name == "torchrun" and request.nodes > 1 and not request.hosts:
+        raise RequestError(
+            f"launch: the {request.nodes} hosts are not known, so the job was not started (its files are written)",
+            hint="pass --hosts A,B,... in the order of their numbers",
+        )
+    done = subprocess.run([found, *rest], cwd=request.root, stdout=sys.stderr.fileno(), check=False)
+    if done.returncode != 0:
+        raise PlaitError(f"launch: `{command}` ended with status {done.returncode}", hint="its own output is above")
+
+
+def _has_module(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:
+        return False
