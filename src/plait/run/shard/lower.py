@@ -167,9 +167,11 @@ class _Lowering:
                 if actual is PARTIAL:
                     fresh = is_matmul(node) and len(node.users) == 1
                     whole = self._create(collectives.reduce, (source, name, fresh), {})
+                    home = node  # the sum is part of its making: whole values cross to other segments and stages
                 else:
                     whole = self._create(collectives.gather, (source, self._split(actual), name), {})
-                self._note(whole, node, REPLICATED, reader)
+                    home = reader
+                self._note(whole, node, REPLICATED, home)
                 self.converted[node, REPLICATED] = whole
             if required is REPLICATED:
                 return whole
@@ -194,6 +196,7 @@ class _Lowering:
 
     def _note(self, made: fx.Node, node: fx.Node, placement: Placement, reader: fx.Node) -> fx.Node:
         made.meta = {"val": self._value(node.meta["val"], placement), **_kept(reader)}
+        made.meta["requires_grad"] = node.meta.get("requires_grad", False)  # pipelines send gradients of what has one
         return made
 
     def _value(self, value: Any, placement: Placements) -> Any:
