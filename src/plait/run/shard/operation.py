@@ -56,6 +56,8 @@ class Refusal:
     culprit: fx.Node | None = None
     wanted: tuple[Sharded, ...] = ()
     """Splits of `culprit` that would work, best first."""
+    finer: bool = False
+    """Whether a split within each element of the sharded dim would work."""
 
 
 Rule = Callable[["Op"], "Step | Refusal"]

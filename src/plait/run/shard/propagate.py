@@ -335,6 +335,9 @@ class Propagation:
                 own = result.placed[origin]
                 assert isinstance(own, Sharded)
                 wishes = result.wishes.setdefault(origin, [])
+                inner = sharded(0, (max(own.period // placement.period, 1),), self.tp)
+                if answer.finer and inner.fits(self.tp):
+                    wishes.append(inner)
                 for wish in answer.wanted:
                     scaled = refined(own, placement, wish, self.tp)
                     if scaled is not None and scaled.fits(self.tp):
@@ -397,7 +400,7 @@ class Propagation:
             for dim, size in enumerate(shape_of(root)):
                 for parts, unit in {(size,): 1, required.parts: required.unit}.items():
                     guess = sharded(dim, parts, self.tp, unit)
-                    if size % guess.period or not guess.fits(self.tp):
+                    if not size or size % guess.period or not guess.fits(self.tp):
                         continue
                     found = self._simulate(chain, {root: guess})
                     if found is not None and found[0][node] == required:

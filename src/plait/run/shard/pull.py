@@ -56,7 +56,7 @@ def pull(op: Op, wanted: Placement, gradients: Iterable[fx.Node]) -> Step | None
     for operand in dict.fromkeys(op.operands):
         for dim, size in enumerate(shape_of(operand)):
             for guess in {sharded(dim, (size,), op.tp), Sharded(dim, wanted.parts, wanted.unit)}:
-                if size % guess.period or not guess.fits(op.tp):
+                if not size or size % guess.period or not guess.fits(op.tp):
                     continue
                 placed = {n: REPLICATED for n in op.operands} | {operand: guess}
                 answer = rule(Op(op.node, op.tp, placed))

@@ -23,17 +23,18 @@ def view(op: Op) -> Step | Refusal:
     sizes = "size" if "size" in op.args else "shape" if "shape" in op.args else "sizes" if "sizes" in op.args else None
     placement = op.at(source)
     if placement is PARTIAL:
-        return op.step(PARTIAL, {source: PARTIAL})
+        return op.step(PARTIAL, {source: PARTIAL, op.args.get("other"): op.at(op.args.get("other"))})
     if not isinstance(placement, Sharded):
         return op.replicated()
-    if len(op.operands) > 1:
-        return Refusal("view as another tensor", source)
+    other = op.args.get("other")  # of view_as and reshape_as
     before, after = shape_of(source), op.shape
     inner = math.prod(before[placement.dim + 1 :])
     for dim, size in enumerate(after):
         moved = placement.scaled(inner, math.prod(after[dim + 1 :]), op.tp)
         if moved is not None and size % moved.period == 0:
             out = moved.moved(dim)
+            if other is not None:
+                return op.step(out, {source: placement, other: out})
             if op.node.target is aten.unflatten.int:
                 axis = op["dim"] % len(before)
                 if out.dim < axis or out.dim >= axis + len(after) - len(before) + 1:
@@ -259,7 +260,7 @@ def select(op: Op) -> Step | Refusal:
         return op.replicated()
     dim = op["dim"] % len(shape_of(source))
     if dim == placement.dim:
-        return Refusal("selects from the sharded dim", source)
+        return Refusal("selects from the sharded dim", source, finer=True)
     out = placement.moved(placement.dim - (dim < placement.dim))
     return op.step((out,) * many if many else out, {source: placement})
 
@@ -285,7 +286,7 @@ def join(op: Op) -> Step | Refusal:
         return op.step(placement, {}, rest=placement)
     known = [op.at(n) for n in op.operands]
     if not all(isinstance(p, Sharded) and p.dim == dim for p in known):
-        return Refusal("join along the sharded dim", node)
+        return Refusal("join along the sharded dim", node, finer=True)
     blocks: tuple[int, ...] = ()
     for operand, each in zip(op.operands, known, strict=True):
         assert isinstance(each, Sharded)
