@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,23 +18,36 @@ pytestmark = pytest.mark.multi
 ROOT = Path(__file__).parents[2]
 
 
-def _started(run_dir: Path) -> subprocess.Popen[str]:
+@pytest.fixture
+def started(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
     """A training of two processes that goes on for long, after its first steps."""
+    process = _start(tmp_path)
+    try:
+        _wait_for_steps(process, tmp_path)
+        yield process
+    finally:
+        process.kill()
+        process.communicate(timeout=30)
+
+
+def _start(run_dir: Path) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "plait", "train", "examples/digits.py:job", "--devices", "2", "--plan", "dp=2"]
-    process = subprocess.Popen(
-        [*command, "--steps", "1000000", "--checkpoint-every", "50", "--run-dir", str(run_dir)],
+    return subprocess.Popen(
+        [*command, "--steps", "1000000", "--checkpoint-every", "20", "--run-dir", str(run_dir)],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
+
+
+def _wait_for_steps(process: subprocess.Popen[str], run_dir: Path) -> None:
     log = run_dir / "log.jsonl"
     until = time.monotonic() + 120
-    while not (log.is_file() and log.read_text().count("\n") > 60):
+    while not (log.is_file() and log.read_text().count("\n") > 25):
         assert process.poll() is None, process.communicate()[1]
         assert time.monotonic() < until
         time.sleep(0.2)
-    return process
 
 
 def _children(pid: int) -> list[int]:
@@ -60,14 +74,13 @@ def _gone(pids: list[int], within: float = 10.0) -> bool:
     return False
 
 
-def test_interrupted(tmp_path: Path) -> None:
+def test_interrupted(started: subprocess.Popen[str], tmp_path: Path) -> None:
     """Ctrl-C: status 130, no traceback, no orphan; log and last checkpoint can be read."""
-    process = _started(tmp_path)
-    workers = _children(process.pid)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=30)
+    workers = _children(started.pid)
+    started.send_signal(signal.SIGINT)
+    _, errors = started.communicate(timeout=30)
 
-    assert process.returncode == 130
+    assert started.returncode == 130
     assert "Traceback" not in errors
     assert len(workers) == 2
     assert _gone(workers)
@@ -77,25 +90,23 @@ def test_interrupted(tmp_path: Path) -> None:
     assert latest(tmp_path) is not None
 
 
-def test_a_process_dies(tmp_path: Path) -> None:
+def test_a_process_dies(started: subprocess.Popen[str]) -> None:
     """The other one is ended within 30 seconds, and the message says which died and how."""
-    process = _started(tmp_path)
-    workers = _children(process.pid)
+    workers = _children(started.pid)
     begin = time.monotonic()
     os.kill(workers[1], signal.SIGKILL)
-    _, errors = process.communicate(timeout=60)
+    _, errors = started.communicate(timeout=60)
 
     assert time.monotonic() - begin < 30
-    assert process.returncode == 1
+    assert started.returncode == 1
     assert "was ended by signal SIGKILL" in errors
     assert _gone(workers)
 
 
-def test_no_orphans_when_the_command_is_killed(tmp_path: Path) -> None:
+def test_no_orphans_when_the_command_is_killed(started: subprocess.Popen[str]) -> None:
     """Even if nothing could be told to the processes, they end."""
-    process = _started(tmp_path)
-    workers = _children(process.pid)
-    process.kill()
-    process.communicate(timeout=30)
+    workers = _children(started.pid)
+    started.kill()
+    started.communicate(timeout=30)
 
     assert _gone(workers)
