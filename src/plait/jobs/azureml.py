@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import Any
 
 from plait.jobs.names import need_name
@@ -35,7 +36,7 @@ def _job(request: Request, size: str) -> dict[str, Any]:
         "display_name": request.name,
         "experiment_name": "plait",
         "code": up,
-        "command": f"PLAIT_RUN=${{{{outputs.run}}}} bash {request.folder}/node.sh",
+        "command": f"PLAIT_RUN=${{{{outputs.run}}}} bash {shlex.quote(request.folder)}/node.sh",
         "environment": {"image": request.image or _BASE},
         "compute": f"azureml:{_compute(size)}",
         "distribution": {"type": "pytorch", "process_count_per_instance": 1},

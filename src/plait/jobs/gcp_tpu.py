@@ -67,6 +67,7 @@ def _write(request: Request) -> Job:
         ),
         submit=Submit(
             words=("bash", f"{request.folder}/queue.sh"),
+            program="gcloud",
             install="install Google Cloud's CLI, then `gcloud auth login` and `gcloud config set project PROJECT`",
         ),
         notes=(

@@ -50,8 +50,6 @@ def _job(request: Request) -> dict[str, Any]:
             "backoffLimit": request.restarts * request.nodes,
             "podFailurePolicy": {
                 "rules": [
-                    # A request that cannot be done (plait's status 2) is not tried again.
-                    {"action": "FailJob", "onExitCodes": {"containerName": "node", "operator": "In", "values": [2]}},
                     # A pod that was evicted or preempted does not count.
                     {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
                 ]

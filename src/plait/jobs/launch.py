@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
-import shutil
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from plait.errors import PlaitError, PlanError, RequestError
+from plait.errors import PlanError, RequestError
 from plait.hardware.catalogue import Accelerator, find
 from plait.jobs.engines import engine_called
 from plait.jobs.placement import check_placement, shape_of
-from plait.jobs.request import Engine, Job, Request, Submit
+from plait.jobs.request import Engine, Job, Request
+from plait.jobs.start import start
 from plait.jobs.target import check_target_exists, relative_target
 from plait.plan.space import unsupported
 from plait.schema import Plan
@@ -89,7 +86,7 @@ def launch(target: str, plan: str | Plan, to: str, options: LaunchOptions | None
         "notes": notes,
     }
     if options.submit:
-        _submit(engine, job.submit, request)
+        start(engine, job.submit, request)
         result["submitted"] = True
     return result
 
@@ -103,6 +100,7 @@ def _request(target: str, plan: Plan, engine: Engine, options: LaunchOptions, pa
         raise RequestError(f"launch: --hosts names {len(options.hosts)} hosts, the job has {nodes} nodes")
     name = _job_name(options.name or _name_of(target))
     folder = options.output or Path("launch") / f"{name}-{engine.name}"
+    _check_words(options, target, folder.as_posix())
     is_cpu = part is not None and part.device.torch_device == "cpu"
     return Request(
         target=relative_target(target, root, must_lie_within=engine.sends_folder),
@@ -122,6 +120,36 @@ def _request(target: str, plan: Plan, engine: Engine, options: LaunchOptions, pa
         hosts=options.hosts,
         restarts=options.restarts,
     )
+
+
+_SAFE = {
+    # What goes into scripts unquoted may hold only what such names hold.
+    "--interface": r"[A-Za-z0-9_.:@-]*",
+    "--image": r"[A-Za-z0-9_.:/@-]*",
+    "--hosts": r"[A-Za-z0-9_.:@,-]*",
+    "--run-dir": r"[A-Za-z0-9_.:/@=+,~ -]*",
+    "--output": r"[A-Za-z0-9_.:/@=+,~ -]*",
+}
+
+
+def _check_words(options: LaunchOptions, target: str, folder: str) -> None:
+    """Refuse words that would mean something else in a script.
+
+    Raises:
+        RequestError: names the option.
+    """
+    words = {
+        "--interface": options.interface,
+        "--image": options.image,
+        "--hosts": ",".join(options.hosts),
+        "--run-dir": options.run_dir,
+        "--output": folder,
+    }
+    for option, word in words.items():
+        if not re.fullmatch(_SAFE[option], word):
+            raise RequestError(f"launch: {option} {word!r} holds a character that such a name cannot have")
+    if not target.isprintable():
+        raise RequestError(f"launch: the target {target!r} holds a character that cannot be printed")
 
 
 def _is_cpu(name: str | None) -> bool:
@@ -230,38 +258,3 @@ def _write(folder: Path, job: Job, *, force: bool) -> None:
                 path.chmod(path.stat().st_mode | 0o111)
     except (OSError, UnicodeDecodeError) as problem:
         raise RequestError(f"launch: {folder}: {problem}") from None
-
-
-def _submit(engine: Engine, submit: Submit, request: Request) -> None:
-    """Run the engine's own command, its output on stderr.
-
-    Raises:
-        RequestError: it is not installed here.
-        PlaitError: it ended with another status than 0.
-    """
-    program, *rest = submit.words
-    command = " ".join(submit.words)
-    found = sys.executable if program == "python" else shutil.which(program)
-    if engine.name == "gcp-tpu" and shutil.which("gcloud") is None:
-        found = None
-    if found is None or (submit.module and not _has_module(submit.module)):
-        missing = submit.module if found is not None else ("gcloud" if engine.name == "gcp-tpu" else program)
-        raise RequestError(
-            f"launch: {missing} is not installed here, so the job was not started (its files are written)",
-            hint=f"{submit.install}; then: {command}",
-        )
-    if engine.name == "torchrun" and request.nodes > 1 and not request.hosts:
-        raise RequestError(
-            f"launch: the {request.nodes} hosts are not known, so the job was not started (its files are written)",
-            hint="pass --hosts A,B,... in the order of their numbers",
-        )
-    done = subprocess.run([found, *rest], cwd=request.root, stdout=sys.stderr.fileno(), check=False)
-    if done.returncode != 0:
-        raise PlaitError(f"launch: `{command}` ended with status {done.returncode}", hint="its own output is above")
-
-
-def _has_module(name: str) -> bool:
-    try:
-        return importlib.util.find_spec(name) is not None
-    except ModuleNotFoundError:
-        return False

@@ -54,12 +54,11 @@ class Request:
             return self.part.name
         return "processes on the CPU" if self.cpu_only else "devices"
 
-    def words(self, *, plan: str, run_dir: str) -> tuple[str, ...]:
-        """`plait train`'s words. --resume always: a restarted job goes on, a first one starts."""
-        return ("train", self.target, "--plan", plan, *self.train, "--run-dir", run_dir, "--resume")
-
     def train_text(self, *, plan: str, run_dir: str) -> str:
-        """Those words for a shell; `plan` and `run_dir` may hold shell variables and stand in double quotes."""
+        """`plait train`'s words for a shell; `plan` and `run_dir` may hold shell variables and stand in double quotes.
+
+        --resume always: a restarted job goes on, a first one starts.
+        """
         quoted = " ".join(shlex.quote(word) for word in self.train)
         middle = f" {quoted}" if quoted else ""
         return f'train {shlex.quote(self.target)} --plan "{plan}"{middle} --run-dir "{run_dir}" --resume'
@@ -85,6 +84,8 @@ class Submit:
     """What to do where the command is not there."""
     module: str = ""
     """A Python module that it needs beside."""
+    program: str = ""
+    """What the script that `words` start needs; empty: the first word itself."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+
 from plait.jobs.names import need_name
 from plait.jobs.request import Engine, File, Job, Request, Submit
 from plait.jobs.shell import PACKAGE, Meeting, header, node_script, static_environment
@@ -89,7 +91,7 @@ trainer = ModelTrainer(
     role=os.environ["SAGEMAKER_ROLE"],
     training_image={image},
     # The project, sent along. node.sh starts one torchrun in each node, so no other launcher is asked for.
-    source_code=SourceCode(source_dir=".", command="bash {request.folder}/node.sh"),
+    source_code=SourceCode(source_dir=".", command="bash {shlex.quote(request.folder)}/node.sh"),
     compute=Compute(
         instance_type="{instance}",
         instance_count={request.nodes},

@@ -45,7 +45,7 @@ def _write(request: Request) -> Job:
     run_dir = request.run_dir or f"/checkpoints/{request.name}"
     run = node_script(
         request, _MEETING, engine="SkyPilot", plan="$HOME/plait/plan.yaml", run_dir=run_dir,
-        before='# setup put plait here.\nexport PATH="$HOME/plait/venv/bin:$PATH"',
+        before='# setup put plait here.\nPYTHON="$HOME/plait/venv/bin/python"',
     )  # fmt: skip
     task = {
         "name": request.name,

@@ -17,7 +17,7 @@ def _write(request: Request) -> Job:
     script = node_script(
         request,
         Meeting(
-            rank="${NODE_RANK:?set it to this node's number, from 0}",
+            rank="${NODE_RANK:?set it to the number of this node, from 0}",
             head="${MASTER_ADDR:?set it to the address of node 0}",
             port="${MASTER_PORT:-29400}",
             note="Set by whoever starts this script (start.sh does); MASTER_ADDR is node 0's address for the others.",
@@ -35,12 +35,12 @@ def _write(request: Request) -> Job:
     notes = () if request.hosts else (f"write the {request.nodes} hosts into start.sh, or pass --hosts A,B,...",)
     return Job(
         files=tuple(files),
-        submit=Submit(words=("bash", f"{request.folder}/start.sh"), install=_INSTALL),
+        submit=Submit(words=("bash", f"{request.folder}/start.sh"), install=_INSTALL, program="ssh"),
         notes=(*notes, f"every node needs this folder at the same path, and {run_dir} on storage that all see"),
     )
 
 
-_INSTALL = "torchrun comes with torch; bash is needed to run the script"
+_INSTALL = "bash is needed in one node, ssh too for several"
 
 
 def _usage(request: Request) -> tuple[str, ...]:
