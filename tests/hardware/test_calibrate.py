@@ -12,9 +12,8 @@ from plait.hardware.clusters import named_cluster
 def run_dir(path, predicted, measured):
     path.mkdir()
     data = {
-        "predicted": {"step_time_s": predicted, "breakdown": {"compute": predicted}},
-        "measured": {"step_time_s": measured, "breakdown": {"compute": measured}},
-    }
+        name: {"predicted": predicted, "measured": measured, "error_pct": 0.0} for name in ("step_time_s", "compute")
+    } | {"peak_memory": {"predicted": None, "measured": 3.0, "error_pct": None}}
     (path / "prediction.json").write_text(json.dumps(data), encoding="utf-8")
     return path
 

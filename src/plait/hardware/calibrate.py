@@ -38,7 +38,7 @@ class Comparison:
 
 
 def read_runs(folders: Sequence[Path]) -> list[Comparison]:
-    """The comparisons that runs left in their directories (`prediction.json`: predicted, measured).
+    """The comparisons that runs left in their directories (`prediction.json`: predicted and measured by quantity).
 
     Raises:
         HardwareError: a folder has none, or it is malformed.
@@ -48,7 +48,7 @@ def read_runs(folders: Sequence[Path]) -> list[Comparison]:
         path = folder / _FILE
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
-            found.append(Comparison(str(folder), _flat(data["predicted"]), _flat(data["measured"])))
+            found.append(Comparison(str(folder), _side(data, "predicted"), _side(data, "measured")))
             _ = found[-1].error
         except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError) as problem:
             raise HardwareError(
@@ -58,10 +58,13 @@ def read_runs(folders: Sequence[Path]) -> list[Comparison]:
     return found
 
 
-def _flat(data: dict[str, Any]) -> dict[str, float]:
-    """Step time and parts as one mapping."""
-    parts = {name: float(value) for name, value in data.get("breakdown", {}).items()}
-    return {**parts, "step_time_s": float(data["step_time_s"])}
+def _side(data: dict[str, dict[str, Any]], side: str) -> dict[str, float]:
+    """The predicted or measured values, those that are there on both sides."""
+    both = {n: row for n, row in data.items() if row.get("predicted") is not None and row.get("measured") is not None}
+    values = {name: float(row[side]) for name, row in both.items()}
+    if values["step_time_s"] <= 0:
+        raise ValueError(f"step_time_s={values['step_time_s']}")
+    return values
 
 
 def calibrated(cluster: Cluster, runs: Sequence[Comparison]) -> tuple[Cluster, dict[str, float]]:
