@@ -5,9 +5,9 @@ from __future__ import annotations
 import copy
 import math
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -38,27 +38,36 @@ as a normalising optimizer (Adam) can tell: its step of full size has a random s
 comparison of parameters after the last step, and counted."""
 
 
+UNSURE = 1e-3
+"""An element whose gradient's own rounding error on one device is more than this share of it is unresolved as well."""
+
+
 @dataclass
 class Reference:
     """One device's results, by the parameters' first names."""
 
-    losses: list[float]
-    gradients: dict[str, torch.Tensor]
-    """At the first step, after clipping; parameters that got one."""
     start: dict[str, torch.Tensor]
     """Parameters before the first step."""
-    parameters: dict[str, torch.Tensor]
-    """After the last step."""
-    resolved: dict[str, torch.Tensor]
-    """bool masks: elements whose gradient stood above rounding at every step."""
-    rounding: dict[str, float]
-    """Norm of what the first step's gradients differ by when one device takes the same samples in reverse order."""
-    gradient_rms: float
-    """Root mean square over all elements of all gradients at the first step."""
     cut_into: int
     """Microbatches that one device accumulated: 1 unless the model's result depends on the cut."""
     part_loss: float
     """The first step's loss as the weighted mean over every microbatch's and replica's part, computed one by one."""
+    losses: list[float] = field(default_factory=list)
+    gradients: dict[str, torch.Tensor] = field(default_factory=dict)
+    """At the first step, after clipping; parameters that got one."""
+    gradient_rms: float = 0.0
+    """Root mean square over all elements of all gradients at the first step."""
+    parameters: dict[str, torch.Tensor] = field(default_factory=dict)
+    """After the last step."""
+    resolved: dict[str, torch.Tensor] = field(default_factory=dict)
+    """bool masks: elements whose gradient stood above rounding at every step."""
+    rounding: dict[str, float] = field(default_factory=dict)
+    """Norm of one device's own rounding error in the first step's gradients, against float64."""
+    drift: dict[str, float] = field(default_factory=dict)
+    """The same of the parameters after the last step: large where training is ill-conditioned (batch norm over few
+    values), so that no two ways of summing agree."""
+    loss_drift: list[float] = field(default_factory=list)
+    """The same of each step's loss."""
 
 
 def moved(name: str, value: torch.Tensor) -> torch.Tensor:
@@ -96,81 +105,132 @@ def run_reference(
         part_loss = _loss_only(job, module, plan, first, every, quiet)
     except Exception:  # one replica's part alone may be too small (batch norm over a single sample); it only explains
         part_loss = math.nan
-    depends = abs(whole_loss - cut_loss) > 1e-5 * max(1.0, abs(whole_loss))
+    depends = abs(whole_loss - cut_loss) > 1e-5 * max(1.0, abs(whole_loss)) or (
+        len(rows) > 1 and _gradients_differ(_Course(job, plan, samples, 1, [], quiet), module, [(0, samples)], rows)
+    )
     bounds = rows if depends else [(0, samples)]
 
     aliases = tied_names(module)
     start = {aliases.get(n, n): p.detach().clone() for n, p in module.named_parameters()}
-    rounding = _rounding(job, module, plan, first, bounds, quiet)
-    named = [(n, p) for n, p in module.named_parameters()]
-    optimizer = job.optimizer(named) if job.optimizer is not None else torch.optim.AdamW(named, lr=1e-3)
-    scheduler = job.scheduler(optimizer) if job.scheduler is not None else None
-    losses: list[float] = []
-    gradients: dict[str, torch.Tensor] = {}
-    resolved: dict[str, torch.Tensor] = {}
-    rms = 0.0
+    course = _Course(job, plan, samples, steps, bounds, quiet)
+    other = copy.deepcopy(module).double()
+    own, exact = course.train(module), course.train(other, _in_float64)
+    result = Reference(start=start, cut_into=len(bounds), part_loss=part_loss)
     for step in range(steps):
-        optimizer.zero_grad()
-        losses.append(_accumulate(job, module, plan, batch_of_step(job, samples, step), bounds, quiet))
-        if job.clip_norm is not None:
-            nn.utils.clip_grad_norm_(module.parameters(), job.clip_norm)
-        now = {aliases.get(n, n): p.grad for n, p in named if p.grad is not None}
+        loss, gradients = next(own)
+        try:
+            exact_loss, exact_gradients = next(exact)
+        except Exception:  # some models insist on a dtype; exactly, the order of samples makes no difference either
+            if step:
+                raise
+            other = _with_values(module, start, aliases)
+            exact = course.train(other, _reversed)
+            exact_loss, exact_gradients = next(exact)
+        result.losses.append(loss)
+        result.loss_drift.append(abs(loss - exact_loss))
+        count = sum(g.numel() for g in gradients.values())
+        rms = (sum(float(g.abs().double().square().sum()) for g in gradients.values()) / max(1, count)) ** 0.5
         if step == 0:
-            gradients = {n: g.detach().clone() for n, g in now.items()}
-        count = sum(g.numel() for g in now.values())
-        rms_now = (sum(float(g.abs().double().square().sum()) for g in now.values()) / max(1, count)) ** 0.5
-        rms = rms_now if step == 0 else rms
-        for name, gradient in now.items():
-            size = max(float(gradient.abs().double().square().mean().sqrt()), GRADIENT_FLOOR * rms_now)
-            # An exact zero (a row of a table that was not looked up) is no rounding noise.
-            above = (gradient.abs() >= UNRESOLVED * size) | (gradient == 0)
-            resolved[name] = above if name not in resolved else resolved[name] & above
-        optimizer.step()
-        if scheduler is not None:
-            scheduler.step()
-    parameters = {aliases.get(n, n): p.detach().clone() for n, p in named}
-    return Reference(losses, gradients, start, parameters, resolved, rounding, rms, len(bounds), part_loss)
+            result.gradients = {n: g.detach().clone() for n, g in gradients.items()}
+            result.gradient_rms = rms
+            result.rounding = {n: _apart(g, exact_gradients.get(n)) for n, g in gradients.items()}
+        for name, gradient in gradients.items():
+            above = _resolved(gradient, exact_gradients.get(name, gradient), rms)
+            result.resolved[name] = result.resolved[name] & above if name in result.resolved else above
+    next(own, None), next(exact, None)  # the last optimizer steps
+    result.parameters = {aliases.get(n, n): p.detach().clone() for n, p in module.named_parameters()}
+    ended = {aliases.get(n, n): p.detach() for n, p in other.named_parameters()}
+    result.drift = {n: _apart(p, ended[n], result.resolved.get(n)) for n, p in result.parameters.items()}
+    return result
 
 
-def _rounding(
-    job: Job,
-    module: nn.Module,
-    plan: Plan,
-    batch: tuple[Any, Any],
-    bounds: list[tuple[int, int]],
-    quiet: Callable[[], AbstractContextManager[Any]],
-) -> dict[str, float]:
-    """For each parameter, the norm of the difference between gradients summed in two orders of the samples.
+def _resolved(gradient: torch.Tensor, exact: torch.Tensor, rms: float) -> torch.Tensor:
+    size = max(float(gradient.abs().double().square().mean().sqrt()), GRADIENT_FLOOR * rms)
+    # An exact zero (a row of a table that was not looked up) is no rounding noise.
+    large = (gradient.abs() >= UNRESOLVED * size) | (gradient == 0)
+    return large & ((gradient - exact).abs() <= UNSURE * gradient.abs())
 
-    Exactly, the order does not matter, so this is the rounding of one device alone. Leaves the module as it was.
-    """
 
-    def reverse(leaf: torch.Tensor, dim: int | None) -> torch.Tensor:
-        if dim is None:
-            return leaf
-        # Within each microbatch: across them the model may tell the order (batch norm).
-        order = [i for start, stop in bounds for i in reversed(range(start, stop))]
-        return leaf.index_select(dim, torch.tensor(order))
-
-    named = dict(module.named_parameters())
-    buffers = {n: b.clone() for n, b in module.named_buffers()}
+def _gradients_differ(
+    course: _Course, module: nn.Module, one: list[tuple[int, int]], other: list[tuple[int, int]]
+) -> bool:
+    """Whether the sum of the parts' gradients depends on how a batch is cut; a loss may hide it (batch norm at the start)."""
     found = []
-    for one in (batch, batches.map_batch(job, batch, reverse)):
-        module.zero_grad()
-        _accumulate(job, module, plan, one, bounds, quiet)
-        found.append({n: p.grad.detach() for n, p in named.items() if p.grad is not None})
-        with torch.no_grad():
-            for name, buffer in module.named_buffers():
-                buffer.copy_(buffers[name])
-    module.zero_grad()
-    aliases = tied_names(module)
-    factor = _clip_factor(job, found[0])
-    return {aliases.get(n, n): factor * float((g - found[1][n]).abs().double().norm()) for n, g in found[0].items()}
+    for bounds in (one, other):
+        _, gradients = next(replace(course, bounds=bounds).train(copy.deepcopy(module)))
+        found.append(gradients)
+    size = sum(float(g.abs().double().square().sum()) for g in found[0].values()) ** 0.5
+    apart = sum(_apart(g, found[1].get(n)) ** 2 for n, g in found[0].items()) ** 0.5
+    return apart > 1e-4 * size
 
 
-def _clip_factor(job: Job, gradients: dict[str, torch.Tensor]) -> float:
-    norm = sum(float(g.abs().double().square().sum()) for g in gradients.values()) ** 0.5
-    return 1.0 if job.clip_norm is None else min(1.0, job.clip_norm / (norm + 1e-6))
+def _apart(value: torch.Tensor, other: torch.Tensor | None, mask: torch.Tensor | None = None) -> float:
+    if other is None:
+        return 0.0
+    difference = value - other
+    return float((difference if mask is None else difference * mask).abs().double().norm())
+
+
+_Change = Callable[[torch.Tensor, int | None], torch.Tensor]
+
+
+def _unchanged(leaf: torch.Tensor, _dim: int | None) -> torch.Tensor:
+    return leaf
+
+
+def _in_float64(leaf: torch.Tensor, _dim: int | None) -> torch.Tensor:
+    return leaf.double() if leaf.is_floating_point() else leaf
+
+
+def _reversed(leaf: torch.Tensor, dim: int | None) -> torch.Tensor:
+    return leaf if dim is None else leaf.flip(dim)
+
+
+def _with_values(module: nn.Module, values: dict[str, torch.Tensor], aliases: dict[str, str]) -> nn.Module:
+    module = copy.deepcopy(module)
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            parameter.copy_(values[aliases.get(name, name)])
+    return module
+
+
+@dataclass
+class _Course:
+    """Some steps of training on one device."""
+
+    job: Job
+    plan: Plan
+    samples: int
+    steps: int
+    bounds: list[tuple[int, int]]
+    quiet: Callable[[], AbstractContextManager[Any]]
+
+    def train(self, module: nn.Module, change: _Change = _unchanged) -> Iterator[tuple[float, dict[str, torch.Tensor]]]:
+        """Each step's loss and gradients, each microbatch's tensors changed by `change`; steps when asked for the next."""
+        job = self.job
+        aliases = tied_names(module)
+        named = [(n, p) for n, p in module.named_parameters()]
+        optimizer = job.optimizer(named) if job.optimizer is not None else torch.optim.AdamW(named, lr=1e-3)
+        scheduler = job.scheduler(optimizer) if job.scheduler is not None else None
+        for step in range(self.steps):
+            optimizer.zero_grad()
+            loss = self._accumulate(module, batch_of_step(job, self.samples, step), change)
+            if job.clip_norm is not None:
+                nn.utils.clip_grad_norm_(module.parameters(), job.clip_norm)
+            yield loss, {aliases.get(n, n): p.grad for n, p in named if p.grad is not None}
+            optimizer.step()
+            if scheduler is not None:
+                scheduler.step()
+
+    def _accumulate(self, module: nn.Module, batch: tuple[Any, Any], change: _Change) -> float:
+        total = 0.0
+        for weight, bound in zip(_weights(self.job, batch, self.bounds), self.bounds, strict=True):
+            part = batches.map_batch(self.job, batches.split(self.job, batch, bound), change)
+            with self.quiet():
+                loss = _part_loss(self.job, module, self.plan, part) * weight
+                loss.backward()  # type: ignore[no-untyped-call]
+            total += float(loss.detach())
+        return total
 
 
 def _weights(job: Job, batch: tuple[Any, Any], bounds: list[tuple[int, int]]) -> list[float]:
@@ -187,23 +247,6 @@ def _part_loss(job: Job, module: nn.Module, plan: Plan, part: tuple[Any, Any]) -
     reseed_python()
     with autocast_for(plan, torch.device("cpu")):
         return loss_of(call_model(module, part[0]), part[1], job.loss)
-
-
-def _accumulate(
-    job: Job,
-    module: nn.Module,
-    plan: Plan,
-    batch: tuple[Any, Any],
-    bounds: list[tuple[int, int]],
-    quiet: Callable[[], AbstractContextManager[Any]],
-) -> float:
-    total = 0.0
-    for weight, bound in zip(_weights(job, batch, bounds), bounds, strict=True):
-        with quiet():
-            loss = _part_loss(job, module, plan, batches.split(job, batch, bound)) * weight
-            loss.backward()  # type: ignore[no-untyped-call]
-        total += float(loss.detach())
-    return total
 
 
 def _loss_only(

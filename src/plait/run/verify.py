@@ -100,7 +100,9 @@ def verify(
             if step == 0:
                 gradient_errors = _gradient_errors(run, reference)
             run.update()
-    return _verdict(run, reference, bound, samples, losses, gradient_errors, _parameter_errors(run, reference), other_start)
+    return _verdict(
+        run, reference, bound, samples, losses, gradient_errors, _parameter_errors(run, reference), other_start
+    )
 
 
 def _shared(reference: Reference | None, problem: Exception | None, world: World) -> Reference:
@@ -221,9 +223,12 @@ def _verdict(
         for n, s in _gathered(own_gradients, run).items()
     }
     sums = _gathered(own_parameters, run)
-    parameters = {n: _relative(s, 0.0) for n, s in sums.items()}
+    parameters = {n: _relative(s, ROUNDING / tolerance * reference.drift.get(n, 0.0)) for n, s in sums.items()}
     missing = sorted(set(reference.gradients) - set(gradients))
-    loss_diff = max(abs(a - b) / max(1.0, abs(b)) for a, b in zip(losses, reference.losses, strict=True))
+    loss_diff = max(
+        abs(a - b) / max(1.0, abs(b), ROUNDING / tolerance * drift)
+        for a, b, drift in zip(losses, reference.losses, reference.loss_drift, strict=True)
+    )
     names = sorted(parameters, key=lambda n: (n not in other_start, -_key(max(gradients.get(n, 0.0), parameters[n]))))
     worst = [{"name": n, "grad_rel_err": gradients.get(n, 0.0), "param_rel_err": parameters[n]} for n in names[:5]]
     grad_err, param_err = max(gradients.values(), default=0.0), max(parameters.values(), default=0.0)
@@ -257,7 +262,9 @@ def _within(error: float, tolerance: float) -> bool:
     return not math.isnan(error) and error <= tolerance
 
 
-def _notes(run: Run, reference: Reference, missing: list[str], other_start: list[str], ok: bool, tolerance: float) -> list[str]:
+def _notes(
+    run: Run, reference: Reference, missing: list[str], other_start: list[str], ok: bool, tolerance: float
+) -> list[str]:
     notes = list(run.applied.notes)
     if tolerance > TOLERANCE[run.plan.precision]:
         notes.append(f"the model's own parameters are bfloat16 or float16: the tolerance is {tolerance:g}")
