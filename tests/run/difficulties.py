@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -626,3 +627,15 @@ class Raising(Chain):
 
 def raising():
     return _job(lambda: Raising(WIDTH, 4))
+
+
+class NumpyNoise(Chain):
+    """Draws from numpy in its forward: a graph would hold one draw for ever."""
+
+    def forward(self, x):
+        keep = torch.from_numpy((np.random.rand(WIDTH) < 0.9).astype("float32"))
+        return super().forward(x * keep)
+
+
+def numpy_noise():
+    return _job(lambda: NumpyNoise(WIDTH, 32, 4))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import linecache
+import random
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +13,9 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["fixed_python_randomness"]
+from plait.errors import CaptureError
+
+__all__ = ["fixed_python_randomness", "refused_outside_torch"]
 
 
 @dataclass
@@ -56,3 +59,27 @@ def fixed_python_randomness(*, high: bool = False) -> Iterator[_Seen]:
     record = _Seen()
     with _Fixed(1 - 1e-7 if high else 0.0, record):
         yield record
+
+
+@contextmanager
+def refused_outside_torch() -> Iterator[None]:
+    """Python's and numpy's generators may not be drawn from: a graph would hold that one draw for ever.
+
+    Raises:
+        CaptureError: they were.
+    """
+    before = _states()
+    yield
+    if _states() != before:
+        raise CaptureError(
+            "capture: the forward draws from Python's or numpy's random generator, which a graph cannot repeat",
+            hint="draw with torch (torch.rand), switch the masking or layer drop off, or run under dp or fsdp only",
+        )
+
+
+def _states() -> list[Any]:
+    states: list[Any] = [random.getstate()]
+    if "numpy" in sys.modules:
+        name, keys, *rest = sys.modules["numpy"].random.get_state()
+        states += [name, keys.tobytes(), rest]
+    return states

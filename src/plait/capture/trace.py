@@ -27,7 +27,7 @@ from plait.capture.job import Job
 from plait.capture.measure import measure
 from plait.capture.prelude import is_mutating
 from plait.capture.program import Placeholder, Program
-from plait.capture.randomness import fixed_python_randomness
+from plait.capture.randomness import fixed_python_randomness, refused_outside_torch
 from plait.capture.segments import mark_segments
 from plait.capture.work import build_graph
 from plait.errors import CaptureError, TargetError
@@ -151,7 +151,7 @@ def _export_any(
                 whole = _Whole(module, job.loss, with_loss)
                 whole.train(module.training)
                 return _export(job, whole, sample, dynamic, time_limit), with_loss
-            except TargetError:
+            except (TargetError, CaptureError):
                 raise
             except _OutOfTimeError:
                 raise CaptureError(
@@ -174,7 +174,7 @@ def _export(
         open_dims = [{dim: Dim.AUTO} if dim is not None else None for _, dim in zip(leaves, dims, strict=True)]
         inputs, targets = pytree.tree_unflatten(open_dims, spec)
         shapes = {"inputs": inputs, "targets": targets}
-    with _no_noise(), _alarm(time_limit), fixed_python_randomness() as check:
+    with _no_noise(), _alarm(time_limit), refused_outside_torch(), fixed_python_randomness() as check:
         exported = torch.export.export(whole, sample, dynamic_shapes=shapes, strict=False)
     if check.seen:
         # A scalar random number steered Python. Captured again with it at its other extreme, the graph must be equal.

@@ -116,6 +116,8 @@ def _compared(
     reference = _shared(reference, problem, world)
     reseed_python()
     run = start(job, bound, batch=samples, seed=seed, world=world, change=moved)
+    if not run.captured:  # its forward may draw from Python's or numpy's generator, as one device's does in each part
+        run.applied.stages[0].register_forward_pre_hook(lambda *_: reseed_python())
     other_start = _other_start(run, reference)
     losses, gradient_errors = [], {}
     with NoRandomness():
