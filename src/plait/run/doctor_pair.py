@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-__all__: list[str] = []
+__all__ = ["CHECKS"]
 
 _TIMEOUT = timedelta(seconds=30)
 
@@ -32,7 +32,7 @@ def main(rank: int, count: int, device: str, folder: Path) -> None:
     )
     answer = []
     mesh = init_device_mesh(device, (count,))
-    for group, name, check in _CHECKS:
+    for group, name, check in CHECKS:
         try:
             state, detail = "ok", check(mesh, device)
         except Exception as problem:
@@ -154,7 +154,7 @@ def _view_of_sharded(mesh: DeviceMesh, device: str) -> str:
     return "right values (pytorch#179502)"
 
 
-_CHECKS: list[tuple[str, str, Callable[[DeviceMesh, str], str]]] = [
+CHECKS: list[tuple[str, str, Callable[[DeviceMesh, str], str]]] = [
     ("", "all-reduce", _all_reduce),
     ("", "all-gather", _all_gather),
     ("", "reduce-scatter", _reduce_scatter),
