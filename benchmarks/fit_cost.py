@@ -84,7 +84,7 @@ for software in ("nanotron", "megatron-unfused"):
     PRIORS["software", f"{software}/launch_collective"] = (5e-5, 0.8, "log")
 for software in ("nanotron", "megatron-unfused"):
     PRIORS["software", f"{software}/node_latency"] = (2.0, 1.0, "log")
-PRIORS["software", "nanotron/site_latency"] = (2.0, 1.0, "log")
+PRIORS["software", "nanotron/tp_hop"] = (1e-4, 1.5, "log")
 PRIORS["defaults", "tp_crossing"] = (0.5, 0.8, "logit")
 PRIORS["software", "nanotron/stall"] = (2e-5, 2.0, "log")
 PRIORS["software", "nanotron/pp_seconds"] = (1e-3, 1.5, "log")

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -81,5 +83,5 @@ def test_spans_tell_the_story():
     found = simulate("1f1b", EQUAL, ranks=4, microbatches=8, keep=10)
     for rank in range(4):
         own = [span for span in found.spans if span.rank == rank]
-        assert all(a.end <= b.start for a, b in zip(own, own[1:], strict=False))
+        assert all(a.end <= b.start for a, b in itertools.pairwise(own))
     assert found.bubble == found.end - 24

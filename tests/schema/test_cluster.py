@@ -44,7 +44,7 @@ def test_a_missing_rate_is_refused_by_name():
 @pytest.mark.parametrize("value", [-1.0, 0.0, math.nan, 1e30])
 def test_absurd_figures_are_refused(value):
     """No device has such a memory."""
-    with pytest.raises(HardwareError, match="memory_bytes=.* is not a believable figure"):
+    with pytest.raises(HardwareError, match=r"memory_bytes=.* is not a believable figure"):
         Device(name="part", peak_flops={}, memory_bytes=value)
 
 

@@ -19,6 +19,7 @@ Parameters and their unit:
     launch         s, host time to start one operator; the longer of host and device counts
     launch_collective  s, host time to start one collective
     stall          s, host time added to each ring step of a tp collective where a pipeline's sends run as well
+    tp_hop         s, added to a tp collective for each node that its group spans beyond the first
     tp_crossing    further fraction of the bandwidth between nodes that a tp collective, which nothing overlaps, reaches
     messages       messages for each segment in which gradients and updated weights travel
     step           s, host time of a step outside the model

@@ -198,6 +198,9 @@ class Model:
                 self.split.sequence_parallel and not self.split.keeps_gathered
             ):  # the gathered input is not kept: gathered again for the weight gradient
                 second += sum(all_gather(x, groups["tp"]) for x in work.tp_backward)
+            crossings = max(0, math.ceil(plan.tp / self.cluster.node_size) - 1)
+            first += len(work.tp_forward) * crossings * p["tp_hop"]
+            second += len(work.tp_backward) * crossings * p["tp_hop"]
             add(first, forward, "tp", is_forward=True)
             add(second + (first if choice == "full" else 0.0), backward, "tp", is_forward=False)
         if plan.ep > 1 and work.ep_bytes:

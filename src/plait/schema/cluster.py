@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from plait.errors import HardwareError
@@ -17,7 +18,7 @@ _ABSURD = {"memory_bytes": 2**50, "memory_bandwidth": 1e18, "power_w": 1e6, "ban
 def _check_figure(where: str, name: str, value: float | None, *, zero: bool = False) -> None:
     if value is None:
         return
-    if not value == value or value < 0 or (value == 0 and not zero) or value > _ABSURD.get(name, 1e24):
+    if math.isnan(value) or value < 0 or (value == 0 and not zero) or value > _ABSURD.get(name, 1e24):
         raise HardwareError(
             f"{where}: {name}={value:g} is not a believable figure",
             hint="give it in SI units (bytes, bytes/s, FLOP/s, seconds, watts), or leave it out when it is not known",
