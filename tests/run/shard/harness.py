@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import fx, nn
+from torch.utils.checkpoint import checkpoint
 
 from plait.capture.job import Job
 from plait.capture.program import Placeholder
@@ -186,6 +187,63 @@ def run_case(case: str, rank: int, tp: int, group: dist.ProcessGroup) -> Outcome
             if not torch.allclose(want, feeds[name], rtol=1e-4, atol=1e-5):
                 outcome.problem = f"buffer {place.name} differs"
     return outcome
+
+
+@dataclass
+class Noise:
+    """What random operators did on one rank."""
+
+    sharded: list[float] = field(default_factory=list)
+    whole: list[float] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+    """Of two runs from the same seed."""
+    recomputed: float = float("nan")
+    """Largest difference of gradients between a run with and one without activation recomputation."""
+    next_number: float = float("nan")
+    problem: str = ""
+
+
+class _Recorder(fx.Interpreter):
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module)
+        self.seen: dict[str, Any] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        self.seen[n.name] = super().run_node(n)
+        return self.seen[n.name]
+
+
+def run_noise(case: str, rank: int, tp: int, group: dist.ProcessGroup) -> Noise:
+    """Masks and repeatability of a model with dropout."""
+    model, inputs = build(case)
+    module, placeholders, values = capture(model, inputs)
+    local, layouts = lower(module, decide(module, placeholders, tp), placeholders, tp, rank, group)
+    feeds = []
+    for name, place in placeholders.items():
+        value = values[name] if place.kind == "input" else layouts[name].take(values[name].detach())
+        feeds.append(value if place.kind == "input" else value.requires_grad_(place.trainable))
+    leaves = [f for f in feeds if isinstance(f, torch.Tensor) and f.requires_grad]
+
+    def gradients(recompute: bool) -> tuple[float, list[torch.Tensor]]:
+        torch.manual_seed(5)
+        if recompute:
+            (loss,) = torch.utils._pytree.tree_leaves(checkpoint(local, *feeds, use_reentrant=False))
+        else:
+            (loss,) = torch.utils._pytree.tree_leaves(local(*feeds))
+        return float(loss), list(torch.autograd.grad(loss, leaves))
+
+    noise = Noise()
+    first, once = gradients(recompute=False)
+    second, again = gradients(recompute=True)
+    noise.losses = [first, second]
+    noise.recomputed = max(float((a - b).abs().max()) for a, b in zip(once, again, strict=True))
+    torch.manual_seed(5)
+    recorder = _Recorder(local)
+    recorder.run(*feeds)
+    noise.next_number = float(torch.rand(()))
+    noise.sharded = recorder.seen["dropout"].flatten().tolist()
+    noise.whole = recorder.seen["dropout_1"].flatten().tolist()
+    return noise
 
 
 def compare(

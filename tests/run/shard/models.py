@@ -161,6 +161,26 @@ class Perceptron(nn.Module):
         return functional.mse_loss(self.fc2(functional.gelu(self.fc1(x))), y)
 
 
+class Noisy(nn.Module):
+    """Dropout on a sharded value, on a replicated one, and in attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(32, 64), nn.Linear(64, 32)
+        self.q, self.k, self.v, self.o = (nn.Linear(32, 32) for _ in range(4))
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        x = functional.dropout(self.down(functional.dropout(self.up(x).relu(), 0.5)), 0.5)
+        q, k, v = (p(x).view(4, -1, 4, 8).transpose(1, 2) for p in (self.q, self.k, self.v))
+        x = x + self.o(functional.scaled_dot_product_attention(q, k, v, dropout_p=0.3).transpose(1, 2).flatten(2))
+        return functional.mse_loss(x, y)
+
+
+def noisy() -> Built:
+    """Random operators that stay switched on."""
+    return Noisy(), {"x": torch.randn(4, 8, 32), "y": torch.randn(4, 8, 32)}
+
+
 def perceptron() -> Built:
     """Two layers."""
     return Perceptron(), {"x": torch.randn(4, 16), "y": torch.randn(4, 16)}
@@ -325,8 +345,8 @@ class Odd(nn.Module):
 
 
 def odd() -> Built:
-    """A parameter with several readers that want it differently."""
-    return Odd(), {"x": torch.randn(4, 16), "y": torch.tensor([1, 2, 3, 30])}
+    """A parameter with several readers that want it differently; in double, as its gradients cancel."""
+    return Odd().double(), {"x": torch.randn(4, 16).double(), "y": torch.tensor([1, 2, 3, 30])}
 
 
 class Translator(nn.Module):

@@ -161,6 +161,8 @@ class _Lowering:
                 return self._note(self._create(collectives.share, (source, tp), {}), node, required, reader)
             assert isinstance(required, Sharded)
             return self._note(self._take(source, node, required, has_gradient), node, required, reader)
+        if actual is COPIED and isinstance(required, Sharded):
+            return self._note(self._take(source, node, required, has_gradient=False), node, required, reader)
         if isinstance(actual, Sharded) or actual is PARTIAL:
             whole = self.converted.get((node, REPLICATED)) if node.name not in self.decisions.mutated else None
             if whole is None:

@@ -243,7 +243,8 @@ class Propagation:
             elif node.op == "output":
                 result.steps[node] = Op(node, self.tp, result.placed).step(REPLICATED)
         for node in result.choice.pulled:
-            if any(p != result.choice.pulled[node] for p in readings(node, result.steps)):
+            wanted = result.choice.pulled[node]
+            if any(p != wanted and not (wanted is COPIED and isinstance(p, Sharded)) for p in readings(node, result.steps)):
                 result.spoiled.add(node)
         self._count(result)
         for source, reason in result.reasons.items():
@@ -467,6 +468,8 @@ class Propagation:
 
     def _convert(self, tally: Tally, node: fx.Node, actual: Placement, required: Placement, is_whole: bool) -> None:
         elements = self.elements[node]
+        if actual is COPIED:
+            return  # each rank cuts out its slice; the gradient is a part of a sum anyway
         if not is_whole and actual is PARTIAL:
             tally.send("all_reduce", node.name, elements)
         elif not is_whole and isinstance(actual, Sharded):

@@ -98,11 +98,15 @@ def _copies(graph: Propagation, result: Pass) -> list[fx.Node]:
         if sum(n in graph.gradients for n in dict.fromkeys(tensor_operands(node))) != 1:
             continue
         readers = _readers(node)
-        direct = [p for p in readings(node, result.steps) if p is COPIED]
+        direct = readings(node, result.steps)
         below = [r for r in readers if r in costs]
+        direct = [p for p in direct if p is COPIED or isinstance(p, Sharded)]
         if not readers or len(direct) + len(below) < len(readers):
             continue
-        costs[node] = sum(costs[r] for r in dict.fromkeys(below)) + (graph.elements[node] + call if direct else 0.0)
+        costs[node] = sum(costs[r] for r in dict.fromkeys(below))
+        costs[node] += graph.elements[node] + call if COPIED in direct else 0.0
+        # A slice of a whole value gathers its gradient, half of what summing it would move.
+        costs[node] += sum(graph.elements[node] / 2 + call for p in set(direct) if isinstance(p, Sharded))
     found: dict[fx.Node, None] = {}
     for node in graph.nodes:
         below = [r for r in dict.fromkeys(node.users) if r in costs and r not in found]
