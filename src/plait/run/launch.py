@@ -12,6 +12,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from plait.capture.target import check_target
 from plait.errors import PlanError
 from plait.run.processes import spawn
 from plait.schema import Estimate, Plan
@@ -57,6 +58,7 @@ def run_verify(
     certificate: Path | None = None,
 ) -> dict[str, Any] | None:
     """`plait verify`: the verdict as plain values, with the path of the certificate written."""
+    check_target(target)
     bound = bound_plan(plan, devices)
     result = in_processes(_verify_here, (target, bound, steps, batch, seed), bound.devices)
     if result is None:
@@ -78,6 +80,7 @@ def run_train(
     **options: Any,
 ) -> dict[str, Any] | None:
     """`plait train`: a summary as plain values, by the first process."""
+    check_target(target)
     chosen = _chosen(target, devices, options.get("batch")) if plan == "auto" else None
     bound = bound_plan(plan, devices) if chosen is None else chosen.plan
     if bound.cp > 1 or bound.ep > 1:

@@ -25,6 +25,7 @@ from plait.run.optimizers import check_elementwise, default_optimizer
 from plait.run.own_modules import apply_own_modules, refuse_uncaptured
 from plait.run.pipeline import run_pipeline, schedule_for
 from plait.run.precision import autocast_for
+from plait.run.room import refuse_too_large
 from plait.run.shares import shares
 from plait.run.world import World, join
 from plait.schema import Graph, Plan
@@ -53,6 +54,8 @@ def start(
     size = batches.batch_size(job) if batch is None else batch
     bound = Plan.load(plan).bound(batch=size)
     world = world or join(bound)
+    if not isinstance(job.model, torch.nn.Module):
+        refuse_too_large(build(job, seed=seed, values=False).module, bound, world)
     built = build(job, seed=seed, values=True)
     if change is not None:
         built = built.changed(change)
