@@ -246,8 +246,6 @@ class _Filler:
         mesh = self._world.mesh["dp", "fsdp"] if self._plan.dp > 1 else self._world.mesh["fsdp"]
         # FSDP shards rows; a parameter without any (a scalar, or empty) stays whole and is reduced like a replica's.
         scalars = {p for m in modules for p in m.parameters() if p.dim() == 0 or p.numel() == 0}
-        # FSDP warns of units that return views: plait writes nothing in place across units (see stages.py).
-        warnings.filterwarnings("ignore", message=".*returned a view tensor.*", category=UserWarning)
         fully_shard(
             modules if len(modules) > 1 else modules[0],
             mesh=mesh,

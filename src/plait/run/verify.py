@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from plait.capture import batch as batches
+from plait.capture.build import build
 from plait.capture.job import Job
 from plait.capture.trace import user_line
 from plait.errors import PlaitError, TargetError
@@ -24,6 +25,7 @@ from plait.run.reference import (
     reference_module,
     run_reference,
 )
+from plait.run.room import refuse_too_large
 from plait.run.start import Run, start
 from plait.run.world import World, join
 from plait.schema import Plan
@@ -82,6 +84,8 @@ def verify(
     samples = batches.batch_size(job) if batch is None else batch
     bound = Plan.load(plan).bound(batch=samples)
     world = world or join(bound)
+    if not isinstance(job.model, torch.nn.Module):
+        refuse_too_large(build(job, seed=seed, values=False).module, bound, world, with_reference=True)
     verdict, reference = _compared(job, bound, samples, steps, seed, world)
     if verdict.ok or bound.precision != "fp32" or reference.conditioning < ILL_CONDITIONED:
         return verdict
@@ -98,9 +102,7 @@ def verify(
     return replace(again, notes=[note, *again.notes])
 
 
-def _compared(
-    job: Job, bound: Plan, samples: int, steps: int, seed: int, world: World
-) -> tuple[Verdict, Reference]:
+def _compared(job: Job, bound: Plan, samples: int, steps: int, seed: int, world: World) -> tuple[Verdict, Reference]:
     reference = None
     problem: Exception | None = None
     if world.rank == 0:
