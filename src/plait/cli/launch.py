@@ -86,6 +86,9 @@ def launch(
         str | None,
         typer.Option("--data", metavar="PATH", help="Text for an hf: target, as a node sees it.", show_default=False),
     ] = None,
+    checkpoint_minutes: Annotated[
+        float, typer.Option("--checkpoint-minutes", min=0, metavar="M", help="Between checkpoints.")
+    ] = 10,
     json: Json = False,
 ) -> int:
     """Write the files that run a plan on an engine; start nothing without --submit."""
@@ -116,6 +119,7 @@ def launch(
                 batch=batch,
                 seed=seed,
                 data=data,
+                checkpoint_minutes=checkpoint_minutes,
             ),
         )
     show(result, json, _text)

@@ -43,6 +43,8 @@ class LaunchOptions:
     batch: int | None = None
     seed: int | None = None
     data: str | None = None
+    checkpoint_minutes: float = 10
+    """So much work is lost at most when a node goes; `plait train` alone checkpoints at the end only."""
 
 
 def launch(target: str, plan: str | Plan, to: str, options: LaunchOptions | None = None) -> dict[str, Any]:
@@ -157,7 +159,13 @@ def _is_cpu(name: str | None) -> bool:
 
 
 def _train_words(options: LaunchOptions) -> tuple[str, ...]:
-    pairs = (("--steps", options.steps), ("--batch", options.batch), ("--seed", options.seed), ("--data", options.data))
+    pairs = (
+        ("--steps", options.steps),
+        ("--batch", options.batch),
+        ("--seed", options.seed),
+        ("--data", options.data),
+        ("--checkpoint-minutes", f"{options.checkpoint_minutes:g}"),
+    )
     return tuple(word for name, value in pairs if value is not None for word in (name, str(value)))
 
 

@@ -187,7 +187,7 @@ def _torchrun(request: Request, plan: str, run_dir: str) -> str:
         )
     return f"""\
 # One torchrun in each node starts {count} processes. When one dies, all are started again (--max-restarts) and go on from
-# the newest checkpoint in --run-dir, which every node must see.
+# the newest checkpoint in --run-dir, which every node must see; --checkpoint-minutes is what can be lost at most.
 exec "$PYTHON" -m torch.distributed.run \\
     {meet} \\
     -m plait {request.train_text(plan=plan, run_dir=run_dir)}

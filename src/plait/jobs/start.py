@@ -39,7 +39,7 @@ def start(engine: Engine, submit: Submit, request: Request) -> None:
             f"launch: the {request.nodes} hosts are not known, so the job was not started (its files are written)",
             hint="pass --hosts A,B,... in the order of their numbers",
         )
-    done = subprocess.run([found, *rest], cwd=request.root, stdout=sys.stderr.fileno(), check=False)
+    done = subprocess.run([found, *rest], cwd=request.root, stdout=2, check=False)  # what it prints is no result
     if done.returncode != 0:
         raise PlaitError(f"launch: `{command}` ended with status {done.returncode}", hint="its own output is above")
 
