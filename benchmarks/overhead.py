@@ -17,7 +17,6 @@ import platform
 import resource
 import statistics
 import time
-import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,9 +25,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import plait
+from plait.run.meter import tensor_bytes
 from plait.run.processes import Workers
 from plait.run.start import start
 
@@ -237,63 +236,17 @@ def race(way: str, pairs: int, steps: int) -> list[tuple[float, float, float, fl
     return rows
 
 
-class _Held(TorchDispatchMode):
-    """Bytes in storages that are alive."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self._seen: set[int] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, tuple | list) else (result,):
-            if isinstance(tensor, torch.Tensor) and tensor.device.type == "cpu" and type(tensor) is not None:
-                self._count(tensor)
-        return result
-
-    def _count(self, tensor: torch.Tensor) -> None:
-        try:
-            storage = tensor.untyped_storage()
-        except (NotImplementedError, RuntimeError):  # a wrapper (DTensor, fake) owns no bytes
-            return
-        key = storage._cdata
-        if key in self._seen or storage.device.type != "cpu":
-            return
-        size = storage.nbytes()
-        self._seen.add(key)
-        self.now += size
-        self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._gone, key, size)
-
-    def _gone(self, key: int, size: int) -> None:
-        self._seen.discard(key)
-        self.now -= size
-
-
 def held(way: str, who: str) -> tuple[int, int]:
     """(peak bytes in tensors over three steps, resident bytes at the process's peak) of one contender, in this process."""
     _join()
     step = plait_step(way) if who == "plait" else HAND[way]()
     step()
     gc.collect()
-    base = sum(
-        {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in _alive()}.values()
-    )
-    with _Held() as mode:
+    peaks: list[int] = []
+    with tensor_bytes(peaks.append):
         for _ in range(3):
             step()
-    return base + mode.peak, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def _alive() -> list[torch.Tensor]:
-    found = []
-    for thing in gc.get_objects():
-        if isinstance(thing, torch.Tensor) and type(thing).__name__ in ("Tensor", "Parameter"):
-            # plait's stand-ins for a deferred model lie in a sparse file without pages: no memory, not counted.
-            if thing.device.type == "cpu" and thing.layout is torch.strided and not thing.untyped_storage().filename:
-                found.append(thing)
-    return found
+    return peaks[0], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def spread(values: list[float]) -> str:
@@ -337,7 +290,7 @@ def main() -> None:
     text = (
         f"# Overhead against hand-written torch\n\nGPT of {sum(p.numel() for p in GPT().parameters()):,} parameters, "
         f"batch {BATCH} x {LENGTH} tokens; torch {torch.__version__}, {platform.machine()}, {os.cpu_count()} cores, one "
-        f"thread a process, gloo; {options.pairs} pairs of {options.steps} steps; {datetime.date.today()}.\n"
+        f"thread a process, gloo; {options.pairs} pairs of {options.steps} steps; {datetime.datetime.now().astimezone():%Y-%m-%d}.\n"
         "Ratios are plait / hand: median [lowest, highest] over the pairs; the slowest process counts for time, all for "
         "CPU seconds.\n\n" + "\n".join(lines) + "\n"
     )

@@ -100,5 +100,25 @@ def _text(result: Mapping[str, Any]) -> None:
         value = simple[key]
         shown = f"{value:.4g}" if isinstance(value, float) else str(value)
         typer.echo(f"{key.replace('_', ' '):<{width}}  {shown}")
+    if result.get("prediction"):
+        _beside(result["prediction"])
     if result.get("sample"):
         typer.echo(f"\n{result['sample']}")
+
+
+def _beside(rows: Mapping[str, Any]) -> None:
+    """Prediction beside measurement."""
+    from plait.units import format_bytes, format_seconds
+
+    def shown(name: str, value: float | None) -> str:
+        if value is None:
+            return "-"
+        if name == "peak_memory":
+            return format_bytes(value)
+        return f"{value:,.0f}" if name == "tokens_per_s" else format_seconds(value)
+
+    typer.echo(f"\n{'':<24}{'predicted':>14}{'measured':>14}{'error':>9}")
+    for name, row in rows.items():
+        error = "" if row["error_pct"] is None else f"{row['error_pct']:+.0f} %"
+        predicted, measured = shown(name, row["predicted"]), shown(name, row["measured"])
+        typer.echo(f"{name.replace('_', ' '):<24}{predicted:>14}{measured:>14}{error:>9}")

@@ -69,6 +69,8 @@ def side_by_side(predicted: Estimate, measured: dict[str, Any]) -> dict[str, Any
     """Prediction beside measurement, with the error of each in per cent."""
     rows: dict[str, Any] = {}
     for name, value in measured.items():
+        if isinstance(value, list):
+            continue
         expected = _predicted(predicted, name)
         error = None if expected is None or not value else 100 * (expected - value) / value
         rows[name] = {"predicted": expected, "measured": value, "error_pct": error}

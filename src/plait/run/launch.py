@@ -86,7 +86,7 @@ def run_train(
     if bound.cp > 1 or bound.ep > 1:
         raise PlanError("plan: cp and ep can be planned but not run yet", hint="use cp=1,ep=1")
     folder = run_dir or Path("runs") / f"{_slug(target)}-{datetime.datetime.now().astimezone():%Y%m%d-%H%M%S}"
-    result = in_processes(_train_here, (target, bound, folder, data, {**options, "quiet": json}), bound.devices)
+    result = in_processes(_train_here, (target, bound, folder, data, {**options, "quiet": json, "measure": chosen is not None}), bound.devices)
     if result is None:
         return None
     if chosen is not None:

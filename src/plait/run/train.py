@@ -18,6 +18,7 @@ from plait.errors import CheckpointError
 from plait.run import checkpoint
 from plait.run.data import Batch, Batches
 from plait.run.log import Log
+from plait.run.meter import Meter, tensor_bytes
 from plait.run.start import Run, start
 from plait.run.state import restore, run_shards, run_state, whole_names
 from plait.schema import Plan
@@ -42,6 +43,8 @@ class TrainOptions:
     keep: int = 2
     log_every: int = 1
     quiet: bool = False
+    measure: bool = False
+    """Also measure the bytes held in tensors, during the second step, which it slows down."""
 
 
 def train(job: Job, plan: Plan, options: TrainOptions) -> dict[str, Any]:
@@ -100,7 +103,7 @@ def _resume(run: Run, source: Batches, options: TrainOptions, log: Log) -> dict[
 def _loop(run: Run, source: Batches, total: int, size: int, options: TrainOptions, log: Log) -> dict[str, Any]:
     tokens_per_sample = run.tokens_per_sample
     losses: list[float] = []
-    times: list[float] = []
+    meter = Meter()
     evaluations: list[dict[str, float]] = []
     begin = last_save = time.monotonic()
     samples_seen = 0
@@ -108,12 +111,11 @@ def _loop(run: Run, source: Batches, total: int, size: int, options: TrainOption
     log.begin(total, run.steps_done)
     for batch in _until(source, run, total):
         step_begin = time.monotonic()
-        loss = run.step(batch.inputs, batch.targets, share_of=batch.samples if batch.is_share else None)
+        loss = _measured_step(run, batch, meter, weigh=options.measure and len(losses) == 1)
         samples = batch.samples or batches.batch_size(run.job, (batch.inputs, batch.targets))
         seconds = time.monotonic() - step_begin
         samples_seen += samples
         losses.append(loss)
-        times.append(seconds)
         if run.steps_done % options.log_every == 0 or run.steps_done == total:
             log.step(run.steps_done, loss, samples / seconds, samples * tokens_per_sample / seconds, run.learning_rate)
         else:
@@ -142,17 +144,26 @@ def _loop(run: Run, source: Batches, total: int, size: int, options: TrainOption
         "parameters": sum(p.numel for p in run.graph.parameters),
         "captured": run.captured,
         "run_dir": str(options.run_dir),
-        "measured": _measured(times, size, tokens_per_sample),
+        "measured": meter.summary(run.world, size * tokens_per_sample),
         "losses": losses,
         "evaluations": evaluations,
     }
 
 
-def _measured(times: list[float], size: int, tokens_per_sample: int) -> dict[str, float]:
-    """In the fields of `Estimate`; the first steps, which warm up, left out where there are enough."""
-    usual = sorted(times[3:] or times)
-    step = usual[len(usual) // 2] if usual else math.nan
-    return {"step_time_s": step, "tokens_per_s": size * tokens_per_sample / step}
+def _measured_step(run: Run, batch: Batch, meter: Meter, *, weigh: bool) -> float:
+    share_of = batch.samples if batch.is_share else None
+
+    def forward_backward() -> float:
+        return run.forward_backward(batch.inputs, batch.targets, share_of=share_of)
+
+    if not weigh:
+        return meter.step(forward_backward, run.update)
+
+    def note(peak: int) -> None:
+        meter.peak_memory = peak
+
+    with tensor_bytes(note):
+        return meter.step(forward_backward, run.update)
 
 
 def _until(source: Batches, run: Run, total: int) -> Iterator[Batch]:
