@@ -25,21 +25,128 @@ PLANS = ("dp=2", "fsdp=2", "tp=2", "pp=2", "dp=2;pp=2", "tp=2;pp=2", "fsdp=2;tp=
 EIGHT = "dp=2;tp=2;pp=2"
 BATCH = 8
 
-NAMED = (
-    "gpt2 llama qwen3 mistral gemma2 phi3 bloom opt gpt_neox mixtral mamba bert roberta t5 bart vit convnext swin "
-    "wav2vec2"
-).split()
+NAMED = [
+    "gpt2",
+    "llama",
+    "qwen3",
+    "mistral",
+    "gemma2",
+    "phi3",
+    "bloom",
+    "opt",
+    "gpt_neox",
+    "mixtral",
+    "mamba",
+    "bert",
+    "roberta",
+    "t5",
+    "bart",
+    "vit",
+    "convnext",
+    "swin",
+    "wav2vec2",
+]
 ON_EIGHT = ("gpt2", "llama", "mixtral", "bert", "t5", "vit")
-WIDE = (
-    "gpt_neo gptj codegen gpt_bigcode falcon mpt qwen2 qwen2_moe qwen3_moe gemma gemma3_text phi stablelm starcoder2 "
-    "cohere olmo olmo2 olmoe granite granitemoe glm glm4 smollm3 persimmon nemotron deepseek_v3 dbrx jamba rwkv mamba2 "
-    "recurrent_gemma xglm biogpt ctrl openai-gpt distilbert albert electra deberta deberta-v2 mobilebert convbert "
-    "squeezebert funnel xlm-roberta mpnet ernie nystromformer big_bird longformer roformer xlnet fnet layoutlm "
-    "flaubert modernbert esm pegasus mbart marian mt5 longt5 led m2m_100 prophetnet fsmt switch_transformers "
-    "bigbird_pegasus blenderbot plbart beit deit dinov2 swinv2 convnextv2 resnet regnet levit mobilevit mobilenet_v2 "
-    "efficientnet pvt segformer poolformer focalnet cvt vit_mae hiera bit hubert wavlm unispeech sew "
-    "data2vec-audio whisper speech_to_text audio-spectrogram-transformer time_series_transformer"
-).split()
+WIDE = [
+    "gpt_neo",
+    "gptj",
+    "codegen",
+    "gpt_bigcode",
+    "falcon",
+    "mpt",
+    "qwen2",
+    "qwen2_moe",
+    "qwen3_moe",
+    "gemma",
+    "gemma3_text",
+    "phi",
+    "stablelm",
+    "starcoder2",
+    "cohere",
+    "olmo",
+    "olmo2",
+    "olmoe",
+    "granite",
+    "granitemoe",
+    "glm",
+    "glm4",
+    "smollm3",
+    "persimmon",
+    "nemotron",
+    "deepseek_v3",
+    "dbrx",
+    "jamba",
+    "rwkv",
+    "mamba2",
+    "recurrent_gemma",
+    "xglm",
+    "biogpt",
+    "ctrl",
+    "openai-gpt",
+    "distilbert",
+    "albert",
+    "electra",
+    "deberta",
+    "deberta-v2",
+    "mobilebert",
+    "convbert",
+    "squeezebert",
+    "funnel",
+    "xlm-roberta",
+    "mpnet",
+    "ernie",
+    "nystromformer",
+    "big_bird",
+    "longformer",
+    "roformer",
+    "xlnet",
+    "fnet",
+    "layoutlm",
+    "flaubert",
+    "modernbert",
+    "esm",
+    "pegasus",
+    "mbart",
+    "marian",
+    "mt5",
+    "longt5",
+    "led",
+    "m2m_100",
+    "prophetnet",
+    "fsmt",
+    "switch_transformers",
+    "bigbird_pegasus",
+    "blenderbot",
+    "plbart",
+    "beit",
+    "deit",
+    "dinov2",
+    "swinv2",
+    "convnextv2",
+    "resnet",
+    "regnet",
+    "levit",
+    "mobilevit",
+    "mobilenet_v2",
+    "efficientnet",
+    "pvt",
+    "segformer",
+    "poolformer",
+    "focalnet",
+    "cvt",
+    "vit_mae",
+    "hiera",
+    "bit",
+    "hubert",
+    "wavlm",
+    "unispeech",
+    "sew",
+    "data2vec-audio",
+    "whisper",
+    "speech_to_text",
+    "audio-spectrogram-transformer",
+    "time_series_transformer",
+]
 EXAMPLES = {
     "examples/digits.py:job": {},
     "examples/gpt.py:job?layers=2&width=32&heads=4&length=16": {},
@@ -139,9 +246,9 @@ def run_case(target: str, plan: str, batch: int, steps: int) -> dict[str, Any]:
     """One verify, in each of the workers."""
     import torch.distributed as dist
 
-    from plait.run.verify import verify
     from plait.capture.target import load_target
     from plait.errors import RequestError
+    from plait.run.verify import verify
 
     begin = time.monotonic()
     try:
@@ -277,7 +384,10 @@ def main() -> None:
                 broken.add(target)  # one process is enough to see it
             row = {"name": name, "target": target, "plan": plan, "batch": options.batch, **row}
             figures = f"{max(row['grad'], row['param']):.0e}" if "grad" in row else ""
-            print(f"{row['result']:8} {row['seconds']:6} s  {name:28} {plan:16} {figures}{'' if row.get('captured', True) else ' own modules'} {row['cause'][:300]}", flush=True)
+            print(
+                f"{row['result']:8} {row['seconds']:6} s  {name:28} {plan:16} {figures}{'' if row.get('captured', True) else ' own modules'} {row['cause'][:300]}",
+                flush=True,
+            )
             file.write(json.dumps(row) + "\n")
             file.flush()
     if options.results == RESULTS and not options.targets:

@@ -28,7 +28,9 @@ def _without_a_reduction() -> contextlib.AbstractContextManager[Any]:
     from plait.run.reduce import Reducer
 
     whole = Reducer.__init__
-    return mock.patch.object(Reducer, "__init__", lambda self, parameters, *a, **k: whole(self, list(parameters)[1:], *a, **k))
+    return mock.patch.object(
+        Reducer, "__init__", lambda self, parameters, *a, **k: whole(self, list(parameters)[1:], *a, **k)
+    )
 
 
 def _without_ties() -> contextlib.AbstractContextManager[Any]:

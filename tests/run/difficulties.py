@@ -155,20 +155,32 @@ def batchnorm(dropout="0"):
     p = float(dropout)
 
     def build():
-        layers = [nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(p), nn.Conv2d(8, 8, 3, padding=1)]
+        layers = [
+            nn.Conv2d(3, 8, 3, padding=1),
+            nn.BatchNorm2d(8),
+            nn.ReLU(),
+            nn.Dropout(p),
+            nn.Conv2d(8, 8, 3, padding=1),
+        ]
         return nn.Sequential(*layers, nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(512, 4))
 
     return _job(build, _images())
 
 
 def batchnorm1d():
-    return _job(lambda: nn.Sequential(nn.Linear(WIDTH, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 32), nn.BatchNorm1d(32), nn.Linear(32, 4)))
+    return _job(
+        lambda: nn.Sequential(
+            nn.Linear(WIDTH, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 32), nn.BatchNorm1d(32), nn.Linear(32, 4)
+        )
+    )
 
 
 class Skips(nn.Module):
     def __init__(self):
         super().__init__()
-        self.down = nn.ModuleList([nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)])
+        self.down = nn.ModuleList(
+            [nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)]
+        )
         self.up = nn.ModuleList([nn.Conv2d(16, 8, 3, padding=1), nn.Conv2d(16, 8, 3, padding=1)])
         self.out = nn.Conv2d(8, 3, 1)
 
@@ -397,7 +409,9 @@ class Listed(nn.Module):
     def __init__(self):
         super().__init__()
         self.tables = [torch.ones(WIDTH), torch.arange(WIDTH).float() / WIDTH]
-        self.weights = nn.ParameterList([nn.Parameter(torch.randn(32, WIDTH).t() * 0.2), nn.Parameter(torch.randn(4, 32).t() * 0.2)])
+        self.weights = nn.ParameterList(
+            [nn.Parameter(torch.randn(32, WIDTH).t() * 0.2), nn.Parameter(torch.randn(4, 32).t() * 0.2)]
+        )
 
     def forward(self, x):
         x = x * self.tables[0] + self.tables[1]
@@ -558,7 +572,12 @@ def experts():
 
 
 def clipped():
-    return _job(lambda: Chain(WIDTH, 32, 32, 4), clip_norm=0.1, scheduler=lambda o: torch.optim.lr_scheduler.StepLR(o, 1, 0.5), optimizer=lambda n: torch.optim.AdamW(n, 1e-2))
+    return _job(
+        lambda: Chain(WIDTH, 32, 32, 4),
+        clip_norm=0.1,
+        scheduler=lambda o: torch.optim.lr_scheduler.StepLR(o, 1, 0.5),
+        optimizer=lambda n: torch.optim.AdamW(n, 1e-2),
+    )
 
 
 def embedding_bag():
@@ -600,7 +619,17 @@ def eager_loss():
 
 def instance_norms():
     def build():
-        return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.InstanceNorm2d(8, affine=True), nn.GroupNorm(2, 8), nn.GELU(), nn.ConvTranspose2d(8, 4, 2, 2), nn.PReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(16, 4))
+        return nn.Sequential(
+            nn.Conv2d(3, 8, 3, padding=1),
+            nn.InstanceNorm2d(8, affine=True),
+            nn.GroupNorm(2, 8),
+            nn.GELU(),
+            nn.ConvTranspose2d(8, 4, 2, 2),
+            nn.PReLU(),
+            nn.AdaptiveAvgPool2d(2),
+            nn.Flatten(),
+            nn.Linear(16, 4),
+        )
 
     return _job(build, _images())
 

@@ -74,6 +74,8 @@ def cut(program: Program, plan: Plan, world: World, like: Capture | None = None)
     def rewrite(node: fx.Node) -> None:
         synchronise(node)
         precision(node)
+        if plan.recompute_of(node.meta.get("segment", -1)) == "selective":
+            _sum_apart(node)
 
     stages = {
         index: stage_graph(
@@ -87,6 +89,12 @@ def cut(program: Program, plan: Plan, world: World, like: Capture | None = None)
         for index in range(world.index("pp"), plan.stages, plan.pp)
     }
     return Capture(program, module, layouts, bounds, groups, edges, stages)
+
+
+def _sum_apart(node: fx.Node) -> None:
+    """Selective recomputation keeps what a product gave: the group's sum of it goes elsewhere, not into the same memory."""
+    if node.op == "call_function" and getattr(node.target, "__name__", "") == "reduce" and len(node.args) == 3:
+        node.args = (*node.args[:2], False)
 
 
 def unit_groups(graph: Graph, bounds: tuple[int, int], plan: Plan) -> list[tuple[int, int]]:

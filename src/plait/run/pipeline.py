@@ -159,10 +159,11 @@ def schedule_for(
     if plan.schedule in ("gpipe", "1f1b") and len(parts) == 1:
         kind = ScheduleGPipe if few or plan.schedule == "gpipe" else Schedule1F1B
         return kind(parts[0], **options)
-    if plan.schedule == "zerobubble":
-        return ScheduleInterleavedZeroBubble(parts, **options)
     rounds = max(1, len(sizes) // plan.pp)
-    if plan.schedule == "gpipe" or len(sizes) % rounds:
+    even = len(sizes) % rounds == 0  # interleaved schedules want whole rounds; a last, smaller batch may not give them
+    if plan.schedule == "zerobubble" and even:
+        return ScheduleInterleavedZeroBubble(parts, **options)
+    if plan.schedule == "gpipe" or not even:
         return ScheduleLoopedBFS(parts, **options)
     return ScheduleInterleaved1F1B(parts, **options)
 

@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from plait.run.stages import Unit
+from plait.capture.prelude import written_by
+from plait.capture.work import kind_of
+from plait.run.stages import Unit, UnitGraph
 
 __all__ = ["recompute_unit"]
 
@@ -41,6 +43,8 @@ def recompute_unit(unit: Unit, choice: str) -> None:
     """
     if choice == "none":
         return
+    if choice == "selective" and any(_writes_into_kept(graph) for graph in unit.graphs):
+        choice = "full"
 
     @contextmanager
     def again(before: dict[str, torch.Tensor]) -> Iterator[None]:
@@ -63,6 +67,18 @@ def recompute_unit(unit: Unit, choice: str) -> None:
         return checkpoint(call, *values, use_reentrant=False, context_fn=lambda: contexts(before))
 
     unit.around = around
+
+
+def _writes_into_kept(graph: UnitGraph) -> bool:
+    """Whether an operator writes into what a multiply gave (a ReLU in place): kept, it would be written twice."""
+    nodes = list(graph.module.graph.nodes)
+    kept = {
+        storage
+        for node in nodes
+        if node.op == "call_function" and kind_of(node) in ("matmul", "conv", "attention")
+        for storage in node.meta.get("storages", ())
+    }
+    return any(kept & argument.meta.get("storages", frozenset()) for node in nodes for argument in written_by(node))
 
 
 class _Both:
