@@ -209,15 +209,14 @@ def small(model_type: str) -> str:
     from plait.capture.target import load_target
 
     config = CONFIG_MAPPING[model_type]()
-    names = getattr(config, "attribute_map", {})
     values: dict[str, str] = {}
 
     def look(part: Any, prefix: str) -> None:
         known = part.to_dict()
         for key, value in _SMALL.items():
-            key = getattr(part, "attribute_map", {}).get(key, key)
-            if isinstance(known.get(key), int) and not isinstance(known[key], bool):
-                values[prefix + key] = str(value)
+            own = getattr(part, "attribute_map", {}).get(key, key)
+            if isinstance(known.get(own), int) and not isinstance(known[own], bool):
+                values[prefix + own] = str(value)
         for key, other in vars(part).items():
             if hasattr(other, "to_dict") and not key.startswith("_"):
                 look(other, f"{prefix}{key}.")
@@ -226,7 +225,6 @@ def small(model_type: str) -> str:
     more = dict(pair.split("=") for pair in _MORE.get(model_type, "").split("&") if pair)
     values.update(more)
     values.setdefault("seq_len", "16")
-    del names
     # Heads and groups of a type may ask for other sizes; a key that the type refuses by itself is left at its default.
     while True:
         target = f"hf:{model_type}?" + "&".join(f"{k}={v}" for k, v in values.items())

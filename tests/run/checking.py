@@ -37,7 +37,7 @@ def _without_ties() -> contextlib.AbstractContextManager[Any]:
     """Stages that share a weight keep their own part of its gradient."""
     from plait.run.tied import TiedWeights
 
-    return mock.patch.object(TiedWeights, "sum_gradients", lambda self, gradients: None)
+    return mock.patch.object(TiedWeights, "sum_gradients", return_value=None)
 
 
 def _equal_weights() -> contextlib.AbstractContextManager[Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import torch
 from torch import nn
@@ -37,7 +39,7 @@ class Chain(nn.Module):
 
     def __init__(self, *sizes, act=torch.relu):
         super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(sizes, sizes[1:], strict=False))
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(sizes))
         self.act = act
 
     def forward(self, x):
@@ -319,7 +321,7 @@ def ignored(weighted="yes"):
     for row in range(8):
         targets[row, : row % 5] = -100
     weight = (lambda t: (t != -100).sum()) if weighted == "yes" else None
-    return _job(lambda: Tied(), _tokens(), targets, _ignoring, loss_weight=weight)
+    return _job(Tied, _tokens(), targets, _ignoring, loss_weight=weight)
 
 
 def _contrastive(outputs, targets):
@@ -662,7 +664,7 @@ class NumpyNoise(Chain):
     """Draws from numpy in its forward: a graph would hold one draw for ever."""
 
     def forward(self, x):
-        keep = torch.from_numpy((np.random.rand(WIDTH) < 0.9).astype("float32"))
+        keep = torch.from_numpy((np.random.rand(WIDTH) < 0.9).astype("float32"))  # noqa: NPY002
         return super().forward(x * keep)
 
 

@@ -46,7 +46,7 @@ _READS = (torch.Tensor.__bool__, torch.Tensor.item)
 def _in_assertion() -> bool:
     """Whether the user's code is in an `assert`: it says what holds anyway, and no graph can hold the question."""
     frame = sys._getframe(1)
-    while frame is not None and ("/torch/" in frame.f_code.co_filename or frame.f_code.co_filename == __file__):
+    while "/torch/" in frame.f_code.co_filename or frame.f_code.co_filename == __file__:
         if frame.f_back is None:
             return False
         frame = frame.f_back

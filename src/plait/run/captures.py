@@ -120,8 +120,8 @@ def _check_borders(edges: list[list[Border]]) -> None:
         PlanError: a tensor whose size depends on data crosses between stages.
     """
     for border in (b for edge in edges for b in edge):
-        sizes: list[Any] = [n for n in border.value.shape if isinstance(n, torch.SymInt)]
-        free = [symbol for size in sizes for symbol in size.node.expr.free_symbols]
+        sizes: list[Any] = list(border.value.shape)
+        free = [symbol for size in sizes if isinstance(size, torch.SymInt) for symbol in size.node.expr.free_symbols]
         if any(str(symbol).startswith("u") for symbol in free):
             raise PlanError(
                 f"plan: {border.name}, whose size depends on data, would cross between pipeline stages",
