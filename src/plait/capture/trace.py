@@ -137,7 +137,7 @@ def loss_of(outputs: Any, targets: Any, loss: Callable[[Any, Any], torch.Tensor]
     else:
         value = outputs[0]
     if not isinstance(value, torch.Tensor) or value.numel() != 1:
-        got = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
+        got = f"a tensor of {value.dim()} dims" if isinstance(value, torch.Tensor) else type(value).__name__
         raise TargetError(f"job: the loss must be a scalar tensor, got {got}", hint="pass loss= to the Job")
     return value.reshape(())
 
