@@ -82,8 +82,7 @@ for software in ("nanotron", "llm-foundry", "internevo", "megatron-unfused", "me
 for software in ("nanotron", "megatron-unfused"):
     PRIORS["software", f"{software}/launch"] = (5e-5, 0.7, "log")
     PRIORS["software", f"{software}/launch_collective"] = (5e-5, 0.8, "log")
-for software in ("nanotron", "megatron-unfused"):
-    PRIORS["software", f"{software}/node_latency"] = (2.0, 1.0, "log")
+PRIORS["software", "nanotron/node_latency"] = (2.0, 1.0, "log")
 PRIORS["software", "nanotron/tp_hop"] = (1e-4, 1.5, "log")
 PRIORS["defaults", "tp_crossing"] = (0.5, 0.8, "logit")
 PRIORS["software", "nanotron/stall"] = (2e-5, 2.0, "log")
@@ -256,7 +255,7 @@ def left_out(groups, base: Calibration, x: np.ndarray, rows) -> dict[str, float]
         for position, (where, name) in enumerate(KEYS):
             if where == "software" and name.split("/")[0] in mine - others:
                 start[position] = START[position]
-        found = calibration_of(fit(rest, base, start, 3), base)
+        found = calibration_of(fit(rest, base, start, 2), base)
         result = validate([row for row in rows if row.group == source], found)
         for group in result.groups():
             if group["median_error_pct"] is None:
