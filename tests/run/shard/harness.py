@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import math
 import os
 import queue
 import sys
@@ -16,7 +17,7 @@ import time
 import traceback
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
@@ -95,7 +96,9 @@ def capture(
     return program.module, program.placeholders, values
 
 
-def reference(model: nn.Module, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+def reference(
+    model: nn.Module, inputs: dict[str, torch.Tensor]
+) -> tuple[torch.Tensor, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """Loss, gradients and buffers after one step of the unmodified model."""
     model = WithLoss(copy.deepcopy(model))
     loss = model(**inputs)
@@ -111,7 +114,7 @@ class Counter:
         self.counts: dict[str, int] = {}
         self._saved = {name: getattr(dist, name) for name in ("all_reduce", "all_gather")}
 
-    def __enter__(self) -> Counter:
+    def __enter__(self) -> Self:
         for name, function in self._saved.items():
             setattr(dist, name, self._wrap(name, function))
         return self
@@ -143,7 +146,7 @@ def build(case: str) -> tuple[nn.Module, dict[str, torch.Tensor]]:
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.is_floating_point():
-                parameter += torch.randn(parameter.shape, generator=generator) * 0.05
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
     return model.train(), inputs
 
 
@@ -272,7 +275,7 @@ def compare(
         error = float((have - share).norm() / max(float(share.norm()), 1e-6 * norm, 1e-12))
         if share.norm() < 1e-6 * norm and float((have - share).norm()) < 1e-6 * norm:
             error = 0.0
-        if error > outcome.gradient_error or error != error:
+        if error > outcome.gradient_error or math.isnan(error):
             outcome.gradient_error, outcome.worst = error, place.name
         if name not in decisions.stored:
             others = [torch.empty_like(have) for _ in range(decisions.tp)]
@@ -311,7 +314,8 @@ class Workers:
         self.asks = [context.Queue() for _ in range(tp)]
         self.answers = context.Queue()
         self.processes = [
-            context.Process(target=_work, args=(r, tp, address, self.asks[r], self.answers), daemon=True) for r in range(tp)
+            context.Process(target=_work, args=(r, tp, address, self.asks[r], self.answers), daemon=True)
+            for r in range(tp)
         ]
         for process in self.processes:
             process.start()
@@ -332,7 +336,7 @@ class Workers:
                 found[rank] = outcome
             except queue.Empty:
                 failed = any(getattr(o, "problem", "") for o in found.values())
-                if time.monotonic() > end or (failed and time.monotonic() > end - timeout + 30 and len(found)):
+                if time.monotonic() > end or (failed and time.monotonic() > end - timeout + 30 and found):
                     self.close(hard=True)
                     detail = next((o.problem for o in found.values() if getattr(o, "problem", "")), "no answer")
                     raise TimeoutError(f"{case}: {detail}") from None

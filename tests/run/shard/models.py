@@ -36,15 +36,29 @@ _MORE: dict[str, dict[str, Any]] = {
     "qwen3": {"head_dim": 16},
     "qwen3_moe": {"head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
     "mixtral": {"num_local_experts": 4},
-    "qwen2_moe": {"num_experts": 4, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32, "num_experts_per_tok": 2},
+    "qwen2_moe": {
+        "num_experts": 4,
+        "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 32,
+        "num_experts_per_tok": 2,
+    },
     "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
     "granitemoe": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "phimoe": {"num_local_experts": 4},
     "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8},
     "deepseek_v3": {
-        **{"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8},
-        **{"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "moe_intermediate_size": 32},
-        **{"first_k_dense_replace": 1, "num_key_value_heads": 4},
+        "q_lora_rank": 16,
+        "kv_lora_rank": 16,
+        "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 8,
+        "v_head_dim": 8,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_group": 1,
+        "topk_group": 1,
+        "moe_intermediate_size": 32,
+        "first_k_dense_replace": 1,
+        "num_key_value_heads": 4,
     },
     "gptj": {"rotary_dim": 4},
     "codegen": {"rotary_dim": 4},
@@ -66,10 +80,35 @@ _MORE: dict[str, dict[str, Any]] = {
     "convnext": {"hidden_sizes": [16, 32], "depths": [1, 1], "num_stages": 2, "patch_size": 4},
     "convnextv2": {"hidden_sizes": [16, 32], "depths": [1, 1], "num_stages": 2, "patch_size": 4},
     "resnet": {"embedding_size": 16, "hidden_sizes": [16, 32], "depths": [1, 1], "layer_type": "basic"},
-    "swin": {"image_size": 16, "patch_size": 2, "embed_dim": 16, "depths": [2, 2], "num_heads": [2, 4], "window_size": 4},
+    "swin": {
+        "image_size": 16,
+        "patch_size": 2,
+        "embed_dim": 16,
+        "depths": [2, 2],
+        "num_heads": [2, 4],
+        "window_size": 4,
+    },
     "regnet": {"embedding_size": 16, "hidden_sizes": [16, 32], "depths": [1, 1], "groups_width": 8},
-    "wav2vec2": {"conv_dim": [32, 32], "conv_stride": [5, 2], "conv_kernel": [10, 3], "num_feat_extract_layers": 2, "num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 4, "apply_spec_augment": False, "mask_time_prob": 0.0},
-    "hubert": {"conv_dim": [32, 32], "conv_stride": [5, 2], "conv_kernel": [10, 3], "num_feat_extract_layers": 2, "num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 4, "apply_spec_augment": False, "mask_time_prob": 0.0},
+    "wav2vec2": {
+        "conv_dim": [32, 32],
+        "conv_stride": [5, 2],
+        "conv_kernel": [10, 3],
+        "num_feat_extract_layers": 2,
+        "num_conv_pos_embeddings": 16,
+        "num_conv_pos_embedding_groups": 4,
+        "apply_spec_augment": False,
+        "mask_time_prob": 0.0,
+    },
+    "hubert": {
+        "conv_dim": [32, 32],
+        "conv_stride": [5, 2],
+        "conv_kernel": [10, 3],
+        "num_feat_extract_layers": 2,
+        "num_conv_pos_embeddings": 16,
+        "num_conv_pos_embedding_groups": 4,
+        "apply_spec_augment": False,
+        "mask_time_prob": 0.0,
+    },
     "whisper": {"max_source_positions": 16, "max_target_positions": 32, "num_mel_bins": 8, "mask_time_prob": 0.0},
 }
 _VISION = {"vit", "deit", "beit", "dinov2", "convnext", "convnextv2", "resnet", "swin", "regnet"}
@@ -79,7 +118,21 @@ _MASKED = {
     *("nystromformer", "megatron-bert", "mobilebert", "modernbert", "squeezebert", "xlm-roberta", "distilbert", "fnet"),
     *("layoutlm", "deberta", "funnel", "esm", "ibert", "rembert", "data2vec-text", "yoso", "xlm", "flaubert", "bros"),
 }
-_SEQUENCE = {"t5", "bart", "mbart", "pegasus", "marian", "blenderbot", "mt5", "m2m_100", "plbart", "umt5", "fsmt", "led", "prophetnet"}
+_SEQUENCE = {
+    "t5",
+    "bart",
+    "mbart",
+    "pegasus",
+    "marian",
+    "blenderbot",
+    "mt5",
+    "m2m_100",
+    "plbart",
+    "umt5",
+    "fsmt",
+    "led",
+    "prophetnet",
+}
 
 
 def huggingface(kind: str) -> Built:
@@ -103,7 +156,11 @@ def huggingface(kind: str) -> Built:
     config.use_cache = False
     auto = _auto(kind, transformers)
     # Not every architecture knows every option, and a refused one stays in the config: a copy for each try.
-    for options in ({"attn_implementation": "sdpa", "experts_implementation": "grouped_mm"}, {"attn_implementation": "sdpa"}, {}):
+    for options in (
+        {"attn_implementation": "sdpa", "experts_implementation": "grouped_mm"},
+        {"attn_implementation": "sdpa"},
+        {},
+    ):
         try:
             model = auto.from_config(copy.deepcopy(config), **options)
             break
@@ -218,7 +275,9 @@ class Block(nn.Module):
 class Decoder(nn.Module):
     """A GPT whose table is tied to its output."""
 
-    def __init__(self, vocab: int = 97, width: int = 32, heads: int = 4, form: str = "chunk", tied: bool = True) -> None:
+    def __init__(
+        self, vocab: int = 97, width: int = 32, heads: int = 4, form: str = "chunk", tied: bool = True
+    ) -> None:
         super().__init__()
         self.table, self.places = nn.Embedding(vocab, width, padding_idx=60), nn.Embedding(16, width)
         self.blocks = nn.ModuleList(Block(width, heads, form) for _ in range(2))
@@ -336,7 +395,7 @@ class Odd(nn.Module):
 
     def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         h = self.norm(self.up(x)) * self.scale
-        h = functional.rms_norm(h, (32,), self.scale[: 32])
+        h = functional.rms_norm(h, (32,), self.scale[:32])
         h = h.softmax(-1) * torch.sigmoid(self.gate(x)) + functional.linear(x, self.up.weight)
         out = self.down(h) + functional.linear(h, self.up.weight.t())
         scores = functional.log_softmax(self.classes(out), -1)

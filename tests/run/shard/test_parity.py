@@ -11,7 +11,10 @@ pytestmark = pytest.mark.multi
 CASES = [
     *("perceptron", "perceptron_uneven", "decoder_chunk", "decoder_view3", "decoder_heads", "decoder_odd_heads"),
     *("convnet", "in_place", "odd", "translator", "recurrent", "recommender"),
-    *(f"hf:{kind}" for kind in ("llama", "gpt2", "qwen3", "phi3", "mixtral", "mamba", "bert", "t5", "swin", "wav2vec2")),
+    *(
+        f"hf:{kind}"
+        for kind in ("llama", "gpt2", "qwen3", "phi3", "mixtral", "mamba", "bert", "t5", "swin", "wav2vec2")
+    ),
 ]
 
 

@@ -107,13 +107,18 @@ def rewrite_fills(graph: fx.Graph) -> None:
     for node in list(graph.nodes):
         if node.target is not _aten.copy_.default or node.users or node.kwargs or len(node.args) != 2:
             continue
-        chain, base = [], node.args[0]
+        chain: list[fx.Node] = []
+        base = node.args[0]
         while isinstance(base, fx.Node) and base.target in _SCATTERS and set(base.users) <= {node, *chain}:
             chain.append(base)
             base = base.args[0]
         if not chain or not isinstance(base, fx.Node) or base.op != "call_function" or shares_memory(base):
             continue
-        views = [user for user in base.users if user is not chain[-1] and shares_memory(user) and user.target not in _SCATTERS]
+        views = [
+            user
+            for user in base.users
+            if user is not chain[-1] and shares_memory(user) and user.target not in _SCATTERS
+        ]
         later = [user for user in base.users if order.get(user, len(order)) > order[node]]
         if any(order.get(view, len(order)) < order[node] for view in views):
             continue

@@ -60,7 +60,7 @@ def cut_out(x: torch.Tensor, split: Split) -> torch.Tensor:
     ranges = Sharded(dim, parts, unit).ranges(tp, rank)
     if len(ranges) == 1 and x.shape[dim] == parts[0]:
         return x.narrow(dim, ranges[0][0], ranges[0][1] - ranges[0][0])
-    rows = x.unflatten(dim, (-1, sum(parts)))
+    rows: torch.Tensor = x.unflatten(dim, (-1, sum(parts)))  # type: ignore[no-untyped-call]
     pieces = [rows.narrow(dim + 1, start, stop - start) for start, stop in ranges]
     return (pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim + 1)).flatten(dim, dim + 1)
 
@@ -87,7 +87,7 @@ def all_gather(x: torch.Tensor, split: Split, name: str) -> torch.Tensor:
     if turns == 1 and len(parts) == 1:
         whole = torch.cat(slices, dim)
     else:
-        rows = [s.unflatten(dim, (turns, -1)) for s in slices]
+        rows = [s.unflatten(dim, (turns, -1)) for s in slices]  # type: ignore[no-untyped-call]
         pieces, begin = [], [0] * tp
         for index in range(len(parts)):
             for r in range(tp):
@@ -159,7 +159,7 @@ def copy(x: torch.Tensor, name: str, fresh: bool = False) -> torch.Tensor:
 
     `fresh` promises that the gradient that arrives is nobody else's, so that it may be summed in place.
     """
-    return _Copy.apply(x, name, fresh) if torch.is_grad_enabled() else x  # type: ignore[no-any-return, no-untyped-call]
+    return _Copy.apply(x, name, fresh) if torch.is_grad_enabled() else x  # type: ignore[no-untyped-call]
 
 
 def reduce(x: torch.Tensor, name: str, fresh: bool = False) -> torch.Tensor:

@@ -18,7 +18,9 @@ FLOPS = 1.0
 STORAGE = 0.5  # memory is why most people shard: half as dear as time
 ACTIVATIONS = 0.2
 TRAFFIC = 0.3  # a Megatron layer sends about a third of what its matmuls write: 0.1 against 0.5 + 0.25 saved at tp=2
-CALL = 0.1  # a collective's latency as a share of the mean matmul's output: about 15 us beside the 160 us that 32 MB take
+CALL = (
+    0.1  # a collective's latency as a share of the mean matmul's output: about 15 us beside the 160 us that 32 MB take
+)
 FEWER = 0.001  # between ways that cost the same, the one with fewer collectives
 
 

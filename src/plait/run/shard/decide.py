@@ -16,7 +16,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from plait.run.shard.propagate import Choice, Pass, Propagation
+from plait.run.shard.choice import Choice, Pass
+from plait.run.shard.propagate import Propagation
 from plait.run.shard.sources import classes_of, sources_of
 
 if TYPE_CHECKING:

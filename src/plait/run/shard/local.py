@@ -18,12 +18,12 @@ from plait.run.shard.collectives import all_reduce, copy, reduce
 __all__ = [
     "forked_random",
     "scaled_mean",
-    "shared_heads_attention",
     "sharded_cross_entropy",
     "sharded_embedding",
     "sharded_layer_norm",
     "sharded_rms_norm",
     "sharded_softmax",
+    "shared_heads_attention",
 ]
 
 
@@ -57,9 +57,7 @@ def scaled_mean(operation: Callable[..., torch.Tensor], *args: Any, ratio: float
     return operation(*args, **kwargs) * ratio
 
 
-def sharded_embedding(
-    weight: torch.Tensor, indices: torch.Tensor, start: int, stop: int, padding: int
-) -> torch.Tensor:
+def sharded_embedding(weight: torch.Tensor, indices: torch.Tensor, start: int, stop: int, padding: int) -> torch.Tensor:
     """Rows of a table of which this rank holds `start:stop`; zero for others, so the result is a part of a sum.
 
     weight [stop - start, width], indices [...] -> [..., width]. Row `padding` gets no gradient (-1: all do).
@@ -68,7 +66,7 @@ def sharded_embedding(
     outside = (local < 0) | (local >= stop - start)
     local = local.masked_fill(outside, 0)
     known = padding - start if start <= padding < stop else -1
-    rows = torch.ops.aten.embedding.default(weight, local, known)
+    rows: torch.Tensor = torch.ops.aten.embedding.default(weight, local, known)
     return rows.masked_fill(outside.unsqueeze(-1), 0)
 
 
@@ -152,7 +150,7 @@ def _sum_everywhere(x: torch.Tensor, dims: list[int], group: str) -> torch.Tenso
 
 
 def sharded_layer_norm(
-    input: torch.Tensor,
+    input: torch.Tensor,  # noqa: A002  the operator's own argument names, by which it is called
     normalized_shape: list[int],
     weight: torch.Tensor | None,
     bias: torch.Tensor | None,
@@ -171,7 +169,11 @@ def sharded_layer_norm(
 
 
 def sharded_rms_norm(
-    input: torch.Tensor, normalized_shape: list[int], weight: torch.Tensor | None, eps: float | None, group: str
+    input: torch.Tensor,  # noqa: A002
+    normalized_shape: list[int],
+    weight: torch.Tensor | None,
+    eps: float | None,
+    group: str,
 ) -> torch.Tensor:
     """RMS norm over dims of which one is sharded; `normalized_shape` is the whole one."""
     dims = list(range(input.dim() - len(normalized_shape), input.dim()))

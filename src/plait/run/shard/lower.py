@@ -99,8 +99,7 @@ class _Lowering:
             target = aten.reshape.default
             changes = {"shape": changes.get("size", op["size"])}
         if node.op == "output" or (target is None and not changes):
-            new = self.graph.node_copy(node, local)
-            return new
+            return self.graph.node_copy(node, local)
         args, kwargs = _call(op, target, step.leading, changes)
         mapped = fx.node.map_arg((args, kwargs), local)
         return self._create(target or node.target, *mapped, name=node.name)
@@ -109,7 +108,8 @@ class _Lowering:
         return self.graph.create_node("call_function", target, tuple(args), dict(kwargs), name=name)
 
     def _sizes(self, op: Op, step: Step, node: fx.Node) -> list[Any]:
-        assert step.sizes is not None and isinstance(step.outputs, Sharded)
+        assert step.sizes is not None
+        assert isinstance(step.outputs, Sharded)
         sizes = list(op[step.sizes])
         out = step.outputs
         position = out.dim - (len(op.shape) - len(sizes))
@@ -171,6 +171,7 @@ class _Lowering:
                     whole = self._create(collectives.reduce, (source, name, fresh), {})
                     home = node  # the sum is part of its making: whole values cross to other segments and stages
                 else:
+                    assert isinstance(actual, Sharded)
                     whole = self._create(collectives.gather, (source, self._split(actual), name), {})
                     home = reader
                 self._note(whole, node, REPLICATED, home)
@@ -268,4 +269,3 @@ def _call(
 
 def _is_default(argument: Any, value: Any) -> bool:
     return bool(argument.has_default_value()) and not isinstance(value, fx.Node) and value == argument.default_value
-

@@ -12,7 +12,22 @@ from torch import fx
 
 from plait.run.shard.placement import PARTIAL, REPLICATED, Placement, Sharded
 
-__all__ = ["Op", "Placements", "Refusal", "Rule", "Step", "Where", "is_tensor", "shape_of", "tensor_operands"]
+__all__ = [
+    "Op",
+    "Placements",
+    "Refusal",
+    "Rule",
+    "Step",
+    "Where",
+    "arguments",
+    "dims_of",
+    "forget",
+    "has_tensor",
+    "is_tensor",
+    "packet_of",
+    "shape_of",
+    "tensor_operands",
+]
 
 Placements = Placement | tuple[Placement, ...]
 """Of a node: one per output where it has several."""
@@ -68,6 +83,17 @@ def is_tensor(node: object) -> bool:
     return isinstance(node, fx.Node) and isinstance(node.meta.get("val"), torch.Tensor)
 
 
+def has_tensor(node: fx.Node) -> bool:
+    """Whether the node's value is a tensor or has one."""
+    value = node.meta.get("val")
+    return is_tensor(node) or (isinstance(value, tuple | list) and any(isinstance(v, torch.Tensor) for v in value))
+
+
+def packet_of(node: fx.Node) -> str:
+    """Name of the node's operator without library and overload; '' where it is none."""
+    return str(getattr(getattr(node.target, "overloadpacket", None), "__name__", ""))
+
+
 def tensor_operands(node: fx.Node) -> list[fx.Node]:
     """The tensors among the arguments, in order, repeated as often as they occur."""
     known: list[fx.Node] | None = node.meta.get("plait_operands")
@@ -108,7 +134,7 @@ def _number(name: str) -> int:
 
 def shape_of(node: fx.Node) -> tuple[int, ...]:
     """Shape of a tensor node; symbolic sizes as large odd numbers that stand for themselves."""
-    shape = node.meta.get("plait_shape")
+    shape: tuple[int, ...] | None = node.meta.get("plait_shape")
     if shape is None:
         shape = node.meta["plait_shape"] = tuple(_integer(size) for size in node.meta["val"].shape)
     return shape
@@ -154,8 +180,7 @@ class Op:
 
     def split_operands(self) -> list[tuple[fx.Node, Sharded]]:
         """The operands that arrive sharded, once each."""
-        found = [(n, p) for n in dict.fromkeys(self.operands) if isinstance(p := self.at(n), Sharded)]
-        return found
+        return [(n, p) for n in dict.fromkeys(self.operands) if isinstance(p := self.at(n), Sharded)]
 
     def has_partial(self) -> bool:
         """Whether an operand arrives as parts of a sum."""
@@ -175,8 +200,9 @@ class Op:
     def replicated(self) -> Step:
         """The operator on whole values."""
         value = self.node.meta.get("val")
-        many = isinstance(value, tuple | list)
-        return self.step((REPLICATED,) * len(value) if many else REPLICATED)
+        if isinstance(value, tuple | list):
+            return self.step((REPLICATED,) * len(value))
+        return self.step(REPLICATED)
 
 
 def arguments(node: fx.Node) -> dict[str, Any]:
@@ -204,9 +230,9 @@ def _arguments(node: fx.Node) -> dict[str, Any]:
 
 def dims_of(dims: Any, rank: int) -> tuple[int, ...]:
     """Dims as non-negative numbers; None or an empty list is all of them."""
-    if dims is None or (isinstance(dims, list | tuple) and not dims):
+    if dims is None or dims in ([], ()):
         return tuple(range(rank))
-    listed = dims if isinstance(dims, list | tuple) else [dims]
+    listed: list[int] = list(dims) if isinstance(dims, list | tuple) else [dims]
     return tuple(d % max(rank, 1) for d in listed)
 
 

@@ -18,7 +18,8 @@ from plait.run.shard.placement import COPIED, PARTIAL, REPLICATED, Placement, Sh
 from plait.run.shard.rules import rule_for
 
 if TYPE_CHECKING:
-    from plait.run.shard.propagate import Pass, Propagation
+    from plait.run.shard.choice import Pass
+    from plait.run.shard.dataflow import Dataflow
 
 __all__ = ["early_sums", "pull", "readings", "worthwhile_pulls"]
 
@@ -58,18 +59,18 @@ def pull(op: Op, wanted: Placement, gradients: Iterable[fx.Node]) -> Step | None
             for guess in {sharded(dim, (size,), op.tp), Sharded(dim, wanted.parts, wanted.unit)}:
                 if not size or size % guess.period or not guess.fits(op.tp):
                     continue
-                placed = {n: REPLICATED for n in op.operands} | {operand: guess}
+                placed = dict.fromkeys(op.operands, REPLICATED) | {operand: guess}
                 answer = rule(Op(op.node, op.tp, placed))
                 if isinstance(answer, Step) and answer.outputs == wanted and answer.target is None:
                     return answer
     return None
 
 
-def worthwhile_pulls(graph: Propagation, result: Pass) -> dict[fx.Node, Placement]:
+def worthwhile_pulls(graph: Dataflow, result: Pass) -> dict[fx.Node, Placement]:
     """Nodes to pull in the next pass, with what their readers want."""
-    pulls: dict[fx.Node, Placement] = dict.fromkeys(_copies(graph, result), COPIED)
+    pulls: dict[fx.Node, Placement] = {}
     for node, step in result.steps.items():
-        if node in pulls or not _is_candidate(node, step, graph, result) or isinstance(result.placed[node], tuple):
+        if not _is_candidate(node, step, graph, result) or isinstance(result.placed[node], tuple):
             continue
         wanted = set(readings(node, result.steps))
         placement = next(iter(wanted)) if len(wanted) == 1 else None
@@ -78,7 +79,8 @@ def worthwhile_pulls(graph: Propagation, result: Pass) -> dict[fx.Node, Placemen
             pulled = pull(op, placement, graph.gradients)
             if pulled is not None and _is_cheaper(graph, node, op, pulled):
                 pulls[node] = placement
-    return pulls
+    # What can be computed as a slice need not be copied.
+    return pulls or dict.fromkeys(_copies(graph, result), COPIED)
 
 
 def _readers(node: fx.Node) -> list[fx.Node]:
@@ -86,7 +88,7 @@ def _readers(node: fx.Node) -> list[fx.Node]:
     return [each for user in node.users for each in (_readers(user) if user.target is GETITEM else [user])]
 
 
-def _copies(graph: Propagation, result: Pass) -> list[fx.Node]:
+def _copies(graph: Dataflow, result: Pass) -> list[fx.Node]:
     """Nodes that are cheaper to run on a copied operand than to copy: whole trees of them, below one value."""
     call = result.tally.call
     costs: dict[fx.Node, float] = {}
@@ -121,7 +123,7 @@ def _copies(graph: Propagation, result: Pass) -> list[fx.Node]:
     return list(found)
 
 
-def _is_candidate(node: fx.Node, step: Step, graph: Propagation, result: Pass) -> bool:
+def _is_candidate(node: fx.Node, step: Step, graph: Dataflow, result: Pass) -> bool:
     if node.op != "call_function" or node not in graph.gradients or node in graph.sources or node in graph.mutated:
         return False
     if node in result.choice.pulled or node in result.choice.whole or node in graph.derived or step.target is not None:
@@ -131,7 +133,7 @@ def _is_candidate(node: fx.Node, step: Step, graph: Propagation, result: Pass) -
     return is_whole and torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ())
 
 
-def _is_cheaper(graph: Propagation, node: fx.Node, op: Op, pulled: Step) -> bool:
+def _is_cheaper(graph: Dataflow, node: fx.Node, op: Op, pulled: Step) -> bool:
     """Whether the operands' conversions move less than the result's; weights can be stored as they are wanted."""
     moved = 0.0
     for operand, placement in dict(zip(op.operands, pulled.inputs, strict=True)).items():
@@ -140,7 +142,7 @@ def _is_cheaper(graph: Propagation, node: fx.Node, op: Op, pulled: Step) -> bool
     return moved <= graph.elements[node]
 
 
-def early_sums(graph: Propagation, result: Pass) -> set[fx.Node]:
+def early_sums(graph: Dataflow, result: Pass) -> set[fx.Node]:
     """Parts of a sum that cost less to sum up at once than where their pieces are read."""
     call = result.tally.call
     costs: dict[fx.Node, float] = {}

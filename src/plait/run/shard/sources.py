@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 from torch import fx
 
-from plait.run.shard.operation import Op, shape_of, tensor_operands
+from plait.run.shard.operation import Op, packet_of, shape_of, tensor_operands
 from plait.run.shard.rules.contraction import letters_of
 
 if TYPE_CHECKING:
-    from plait.run.shard.propagate import Propagation
+    from plait.run.shard.dataflow import Dataflow
 
-__all__ = ["Source", "classes_of", "is_source", "sources_of"]
+__all__ = ["Source", "classes_of", "sources_of"]
 
 _DEPTH = 4  # readers of readers that count when two sources are compared: past a view, a transpose and a rotation
 
@@ -37,7 +37,7 @@ def weight_of(node: fx.Node, derived: dict[fx.Node, Any] | set[fx.Node]) -> fx.N
     """The one operand of a source that is made of parameters only; None if the node is no source."""
     if node.op != "call_function" or node in derived:
         return None
-    packet = getattr(getattr(node.target, "overloadpacket", None), "__name__", "")
+    packet = packet_of(node)
     if packet == "embedding":
         table = node.args[0]
         return table if isinstance(table, fx.Node) and table in derived else None
@@ -54,12 +54,7 @@ def weight_of(node: fx.Node, derived: dict[fx.Node, Any] | set[fx.Node]) -> fx.N
     return found[0] if len(found) == 1 and others else None
 
 
-def is_source(node: fx.Node, graph: Propagation) -> bool:
-    """Whether sharding can begin here."""
-    return node in graph.sources
-
-
-def sources_of(graph: Propagation) -> list[Source]:
+def sources_of(graph: Dataflow) -> list[Source]:
     """All of them, in graph order."""
     return [Source(node, weight) for node, weight in graph.sources.items()]
 

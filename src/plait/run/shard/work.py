@@ -16,10 +16,12 @@ __all__ = ["elements_of", "flops_of", "hint_shape"]
 
 def hint_shape(node: fx.Node) -> tuple[int, ...]:
     """Shape at capture: symbolic sizes as they were then."""
-    return tuple(s if isinstance(s, int) else _hint(s) for s in node.meta["val"].shape)
+    return tuple(_hint(size) for size in node.meta["val"].shape)
 
 
 def _hint(size: Any) -> int:
+    if isinstance(size, int):
+        return size
     hint = size.node.hint
     return int(hint) if hint is not None else 1
 
@@ -28,7 +30,7 @@ def elements_of(node: fx.Node) -> float:
     """Elements of a node's tensor, or of all its tensors."""
     value = node.meta.get("val")
     values = value if isinstance(value, tuple | list) else [value]
-    return float(sum(math.prod(s if isinstance(s, int) else _hint(s) for s in v.shape) for v in values if isinstance(v, torch.Tensor)))
+    return float(sum(math.prod(map(_hint, v.shape)) for v in values if isinstance(v, torch.Tensor)))
 
 
 def flops_of(node: fx.Node) -> float:

@@ -7,12 +7,24 @@ from typing import Any
 import torch
 
 from plait.run.shard.operation import Rule
-from plait.run.shard.rules import attention, contraction, convolution, indexing, loss, norms, pointwise, reductions, views
+from plait.run.shard.rules import (
+    attention,
+    contraction,
+    convolution,
+    cuts,
+    indexing,
+    loss,
+    norms,
+    pointwise,
+    reductions,
+    views,
+)
 from plait.run.shard.rules.table import TABLE
 
 __all__ = ["rule_for"]
 
-_FAMILIES = (attention, contraction, convolution, indexing, loss, norms, pointwise, reductions, views)  # importing fills the table
+# Importing a family fills the table.
+_FAMILIES = (attention, contraction, convolution, cuts, indexing, loss, norms, pointwise, reductions, views)
 
 
 def rule_for(target: Any) -> Rule | None:

@@ -70,5 +70,7 @@ def attention(op: Op) -> Step | Refusal:
         wanted,
         target=forked_random if random else target,
         leading=leading,
-        patch=lambda where: (extra | {"place": (where.rank, where.tp)} if extra else {}) | ({"rank": where.rank} if random else {}),
+        patch=lambda where: (
+            (extra | {"place": (where.rank, where.tp)} if extra else {}) | ({"rank": where.rank} if random else {})
+        ),
     )

@@ -14,7 +14,7 @@ from typing import Any
 from torch import fx
 
 from plait.run.shard.operation import Op, Refusal, Step, shape_of
-from plait.run.shard.placement import COPIED, PARTIAL, REPLICATED, Placement, Sharded, sharded
+from plait.run.shard.placement import COPIED, PARTIAL, Placement, Sharded, sharded
 from plait.run.shard.rules.table import rule
 
 __all__ = ["contract", "is_matmul", "letters_of"]
@@ -209,6 +209,3 @@ def product(op: Op) -> Step | Refusal:
     if letters is None:
         return Refusal("this form of product is not split")
     return contract(op, letters)
-
-
-_ = REPLICATED

@@ -64,7 +64,9 @@ def _grouped(op: Op, groups: int) -> Step | Refusal:
 @rule("max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d", "max_pool2d_with_indices")
 @rule("adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d", "adaptive_max_pool2d", "lp_pool2d")
 @rule("upsample_nearest1d", "upsample_nearest2d", "upsample_bilinear2d", "upsample_bicubic2d", "upsample_linear1d")
-@rule("_upsample_bilinear2d_aa", "reflection_pad1d", "reflection_pad2d", "replication_pad1d", "replication_pad2d", "glu_")
+@rule(
+    "_upsample_bilinear2d_aa", "reflection_pad1d", "reflection_pad2d", "replication_pad1d", "replication_pad2d", "glu_"
+)
 def pooling(op: Op) -> Step | Refusal:
     """Operators on the last dims of [n, channels, ...]."""
     source = op.operands[0]

@@ -40,7 +40,7 @@ def embedding(op: Op) -> Step | Refusal:
         return op.replicated()
 
     def local(where: Where) -> dict[str, Any]:
-        (start, stop), = placement.ranges(where.tp, where.rank)
+        ((start, stop),) = placement.ranges(where.tp, where.rank)
         return {"start": start, "stop": stop, "padding": op["padding_idx"]}
 
     split: Placement = placement
@@ -51,7 +51,7 @@ def embedding(op: Op) -> Step | Refusal:
 @rule("gather", "index_select", "take_along_dim")
 def gather(op: Op) -> Step | Refusal:
     """Reads by index along a dim: other dims may be sharded."""
-    source, index = op["self"], op.args.get("index", op.args.get("indices"))
+    source, index = op["self"], op["index"] if "index" in op.args else op["indices"]
     placement = op.at(source)
     dim = op["dim"]
     if placement is PARTIAL:
@@ -108,6 +108,3 @@ def scatter(op: Op) -> Step | Refusal:
         else:
             wanted[operand] = placement
     return op.step(placement, wanted)
-
-
-_ = REPLICATED

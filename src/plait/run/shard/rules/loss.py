@@ -31,8 +31,14 @@ def cross_entropy(op: Op) -> Step | Refusal:
         return Refusal("this form of cross entropy is not split", logits)
 
     def local(where: Where) -> dict[str, Any]:
-        (start, stop), = placement.ranges(where.tp, where.rank)
-        return {"start": start, "stop": stop, "group": where.group, "reduction": op["reduction"], "ignore": op["ignore_index"]}
+        ((start, stop),) = placement.ranges(where.tp, where.rank)
+        return {
+            "start": start,
+            "stop": stop,
+            "group": where.group,
+            "reduction": op["reduction"],
+            "ignore": op["ignore_index"],
+        }
 
     wanted: dict[fx.Node | None, Placement] = {logits: placement, target: REPLICATED}
     return op.step(REPLICATED, wanted, target=sharded_cross_entropy, patch=local)
@@ -52,5 +58,10 @@ def elementwise_loss(op: Op) -> Step | Refusal:
     from plait.run.shard.local import scaled_mean
 
     return op.step(
-        PARTIAL, {}, rest=placement, target=scaled_mean, leading=(op.node.target,), patch=lambda where: {"ratio": 1 / where.tp}
+        PARTIAL,
+        {},
+        rest=placement,
+        target=scaled_mean,
+        leading=(op.node.target,),
+        patch=lambda where: {"ratio": 1 / where.tp},
     )

@@ -54,7 +54,9 @@ def group_norm(op: Op) -> Step | Refusal:
         return Refusal("a rank would hold part of a group", source)
     parameters = [p for p in (op["weight"], op["bias"]) if p is not None]
     wanted: dict[fx.Node | None, Placement] = {source: placement, **dict.fromkeys(parameters, placement.moved(0))}
-    return op.step(placement, wanted, patch=lambda where: {"num_groups": groups // where.tp}) if size else op.replicated()
+    return (
+        op.step(placement, wanted, patch=lambda where: {"num_groups": groups // where.tp}) if size else op.replicated()
+    )
 
 
 @rule("batch_norm", "instance_norm")

@@ -86,7 +86,9 @@ def _adds_number(op: Op) -> bool:
     return "other" in op.args and not isinstance(op.args["other"], fx.Node)
 
 
-@rule("dropout", "dropout_", "feature_dropout", "native_dropout", "alpha_dropout", "bernoulli", "rand_like", "randn_like")
+@rule(
+    "dropout", "dropout_", "feature_dropout", "native_dropout", "alpha_dropout", "bernoulli", "rand_like", "randn_like"
+)
 def random(op: Op) -> Step | Refusal:
     """Random element-wise operators: a stream of its own on each rank where the operand is sharded."""
     if op.has_partial():
@@ -101,7 +103,11 @@ def random(op: Op) -> Step | Refusal:
         return Refusal("random in place")
     target = aten.dropout.default if op.node.target is aten.dropout_.default else op.node.target
     return op.step(
-        placement, {op.operands[0]: placement}, target=forked_random, patch=lambda where: {"rank": where.rank}, leading=(target,)
+        placement,
+        {op.operands[0]: placement},
+        target=forked_random,
+        patch=lambda where: {"rank": where.rank},
+        leading=(target,),
     )
 
 
@@ -113,7 +119,6 @@ def is_idle(op: Op) -> bool:
     """Whether a dropout does nothing: switched off, or with probability 0."""
     probability = op.args.get("p", op.args.get("dropout_p"))
     return op.args.get("train", True) is False or probability == 0
-
 
 
 @rule("new_empty", "new_zeros", "new_ones", "new_full", "new_tensor", "new_empty_strided")

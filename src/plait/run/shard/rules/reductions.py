@@ -8,7 +8,7 @@ import torch
 
 from plait.run.shard.local import scaled_mean, sharded_softmax
 from plait.run.shard.operation import Op, Refusal, Step, Where, dims_of, shape_of
-from plait.run.shard.placement import PARTIAL, REPLICATED, Sharded
+from plait.run.shard.placement import PARTIAL, Sharded
 from plait.run.shard.rules.table import rule
 
 __all__: list[str] = []
@@ -46,8 +46,12 @@ def kept(placement: Sharded, dims: tuple[int, ...], keepdim: bool) -> Sharded:
     return placement if keepdim else placement.moved(placement.dim - sum(d < placement.dim for d in dims))
 
 
-@rule("amax", "amin", "max.dim", "min.dim", "argmax", "argmin", "var.dim", "var.correction", "std.dim", "std.correction")
-@rule("logsumexp", "linalg_vector_norm", "norm.ScalarOpt_dim", "any.dim", "all.dim", "topk", "median.dim", "prod.dim_int")
+@rule(
+    "amax", "amin", "max.dim", "min.dim", "argmax", "argmin", "var.dim", "var.correction", "std.dim", "std.correction"
+)
+@rule(
+    "logsumexp", "linalg_vector_norm", "norm.ScalarOpt_dim", "any.dim", "all.dim", "topk", "median.dim", "prod.dim_int"
+)
 @rule("var_mean.dim", "var_mean.correction", "kthvalue", "mode")
 def along(op: Op) -> Step | Refusal:
     """Reductions that are no sums: fine along other dims."""
@@ -82,6 +86,3 @@ def softmax(op: Op) -> Step | Refusal:
         target=sharded_softmax,
         patch=lambda where: {"logarithm": logarithm, "group": where.group, "dtype": dtype},
     )
-
-
-_ = REPLICATED
