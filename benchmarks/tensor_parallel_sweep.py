@@ -19,14 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "run" 
 
 import harness
 
-TYPES = """
-gpt2 llama qwen3 mistral gemma2 phi3 bloom opt gpt_neox mixtral mamba bert roberta t5 bart vit convnext swin wav2vec2
-falcon gptj codegen gpt_neo stablelm olmo olmo2 cohere starcoder2 granite glm glm4 nemotron persimmon qwen2 gemma
-gemma3_text phi smollm3 exaone4 granitemoe qwen2_moe olmoe deepseek_v3 qwen3_moe xglm biogpt mamba2 mpt gpt_bigcode ctrl
-gpt_oss electra albert mpnet deberta-v2 ernie camembert roformer convbert nystromformer megatron-bert mobilebert
-modernbert xlm-roberta distilbert fnet esm beit dinov2 resnet regnet convnextv2 whisper hubert mbart pegasus marian mt5
-m2m_100 deit squeezebert xlnet helium arcee ernie4_5 hunyuan_v1_dense seed_oss rwkv recurrent_gemma phimoe lfm2
-""".split()
+TYPES = ["gpt2", "llama", "qwen3", "mistral", "gemma2", "phi3", "bloom", "opt", "gpt_neox", "mixtral", "mamba", "bert", "roberta", "t5", "bart", "vit", "convnext", "swin", "wav2vec2", "falcon", "gptj", "codegen", "gpt_neo", "stablelm", "olmo", "olmo2", "cohere", "starcoder2", "granite", "glm", "glm4", "nemotron", "persimmon", "qwen2", "gemma", "gemma3_text", "phi", "smollm3", "exaone4", "granitemoe", "qwen2_moe", "olmoe", "deepseek_v3", "qwen3_moe", "xglm", "biogpt", "mamba2", "mpt", "gpt_bigcode", "ctrl", "gpt_oss", "electra", "albert", "mpnet", "deberta-v2", "ernie", "camembert", "roformer", "convbert", "nystromformer", "megatron-bert", "mobilebert", "modernbert", "xlm-roberta", "distilbert", "fnet", "esm", "beit", "dinov2", "resnet", "regnet", "convnextv2", "whisper", "hubert", "mbart", "pegasus", "marian", "mt5", "m2m_100", "deit", "squeezebert", "xlnet", "helium", "arcee", "ernie4_5", "hunyuan_v1_dense", "seed_oss", "rwkv", "recurrent_gemma", "phimoe", "lfm2"]
 
 
 def counts(found: dict[str, int]) -> str:

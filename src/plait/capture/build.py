@@ -95,7 +95,7 @@ def _put_stand_ins(deferred: Deferred) -> None:
         return
     with tempfile.NamedTemporaryFile(prefix="plait-") as file:
         file.truncate(total)
-        storage = torch.UntypedStorage.from_file(file.name, shared=True, nbytes=total)
+        storage: Any = torch.UntypedStorage.from_file(file.name, shared=True, nbytes=total)
     made: dict[int, torch.Tensor] = {}
     for name, tensor in named.items():
         if id(tensor) not in made:

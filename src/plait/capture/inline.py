@@ -69,7 +69,8 @@ def _replace_call(graph: fx.Graph, call: fx.Node, returned: Any) -> None:
     results = returned if isinstance(returned, tuple | list) else (returned,)
     for user in list(call.users):
         if user.op == "call_function" and getattr(user.target, "__name__", "") == "getitem":
-            user.replace_all_uses_with(results[user.args[1]])
+            place: Any = user.args[1]
+            user.replace_all_uses_with(results[place])
             graph.erase_node(user)
     if call.users:
         call.replace_all_uses_with(results[0])

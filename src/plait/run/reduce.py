@@ -56,7 +56,7 @@ class Reducer:
         self._backwards = 1
         for bucket in self._buckets:
             for p in bucket.parameters:
-                p.register_post_accumulate_grad_hook(self._hook(bucket))
+                p.register_post_accumulate_grad_hook(self._hook(bucket))  # type: ignore[no-untyped-call]
 
     @staticmethod
     def _fill(parameters: list[nn.Parameter]) -> list[_Bucket]:

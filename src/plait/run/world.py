@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import FileStore
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from plait.errors import PlanError
@@ -95,7 +96,7 @@ def _rendezvous() -> dict[str, Any]:
     if path is None:
         return {}
     size = int(os.environ["WORLD_SIZE"])
-    return {"store": dist.FileStore(path, size), "rank": int(os.environ["RANK"]), "world_size": size}
+    return {"store": FileStore(path, size), "rank": int(os.environ["RANK"]), "world_size": size}
 
 
 def pick_device() -> torch.device:

@@ -116,6 +116,7 @@ class Plan(Record):
         if count == 0:
             count = 1
             if self.pp > 1:
+                # Multiples of pp: interleaved and zero-bubble schedules go in rounds of that many.
                 good = [m for m in (2 * self.stages, self.stages) if samples and samples % m == 0]
                 count = good[0] if good else max(1, min(samples, 2 * self.stages))
         if batch < self.replicas * count:
@@ -185,4 +186,3 @@ class Plan(Record):
         import yaml
 
         return str(yaml.safe_dump(self.to_dict(), sort_keys=False))
-
