@@ -15,25 +15,15 @@ from torch import fx
 
 from plait.capture.prelude import preludes, written_by
 from plait.capture.program import Program
-from plait.capture.work import flops_of
+from plait.capture.work import flops_of, module_path
 
-__all__ = ["ENOUGH", "live_at", "mark_segments", "module_path"]
+__all__ = ["ENOUGH", "live_at", "mark_segments"]
 
 ENOUGH = 8
 """Cuts are taken level by level of the module tree until there are this many segments."""
 
 MOST = 256
 """More segments than this are merged to about equal shares of work: a pipeline needs no finer grain."""
-
-
-def module_path(node: fx.Node) -> tuple[str, ...]:
-    """The user's module path of a node, as a tuple of names; empty for the loss and for top-level code."""
-    stack = node.meta.get("nn_module_stack") or {}
-    if not stack:
-        return ()
-    path = str(list(stack.values())[-1][0])
-    parts = tuple(part for part in path.split(".") if part)
-    return parts[1:] if parts[:1] == ("model",) else ()
 
 
 def live_at(program: Program) -> list[set[fx.Node]]:

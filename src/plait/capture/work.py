@@ -13,7 +13,7 @@ from plait.capture.prelude import is_mutating
 from plait.capture.program import Program
 from plait.schema import Graph, Operator, ParameterSpec, Segment, TensorSpec
 
-__all__ = ["Flops", "flops_of", "kind_of"]
+__all__ = ["Flops", "build_graph", "flops_of", "kind_of", "module_path"]
 
 Shape = tuple[int, ...]
 
@@ -46,6 +46,16 @@ _KINDS: dict[str, str] = {
 _VIEWS = ("view", "reshape", "transpose", "permute", "expand", "slice", "select", "unsqueeze", "squeeze", "t", "chunk",
           "split", "split_with_sizes", "unbind", "flatten", "unflatten", "narrow", "detach", "alias", "view_as",
           "expand_as", "movedim", "sym_size", "lift_fresh_copy", "unfold", "as_strided", "contiguous")  # fmt: skip
+
+
+def module_path(node: fx.Node) -> tuple[str, ...]:
+    """The user's module path of a node, as a tuple of names; empty for the loss and for top-level code."""
+    stack = node.meta.get("nn_module_stack") or {}
+    if not stack:
+        return ()
+    path = str(list(stack.values())[-1][0])
+    parts = tuple(part for part in path.split(".") if part)
+    return parts[1:] if parts[:1] == ("model",) else ()
 
 
 def _name(node: fx.Node) -> str:
@@ -226,8 +236,6 @@ def _live_between(program: Program, count: int) -> list[tuple[TensorSpec, ...]]:
 
 
 def _operator(program: Program, node: fx.Node) -> Operator:
-    from plait.capture.segments import module_path
-
     flops = flops_of(node)
     inputs = [spec for parent in node.all_input_nodes for spec in parent.meta.get("specs", ())]
     outputs = node.meta["specs"]
@@ -278,8 +286,6 @@ def _structure(
 
 def _common_name(row: list[fx.Node]) -> str:
     """The module path that covers the most of a segment's nodes at the depth where they part."""
-    from plait.capture.segments import module_path
-
     paths = [module_path(node) for node in row if module_path(node)]
     if not paths:
         in_model = any(
