@@ -159,7 +159,12 @@ def load(path: Path, base: Calibration, most: int):
             case = replace(case, plan=replace(case.plan, cuts=default_cuts(graph, case.plan.stages)))
         groups[row.group, row.text("accelerator")].append((graph, cache, case, seconds))
     random.seed(0)
-    return {k: v if len(v) <= most * (3 if k[0] == "nanotron" else 1) else random.sample(v, most * (3 if k[0] == "nanotron" else 1)) for k, v in groups.items()}
+    return {
+        k: v
+        if len(v) <= most * (3 if k[0] == "nanotron" else 1)
+        else random.sample(v, most * (3 if k[0] == "nanotron" else 1))
+        for k, v in groups.items()
+    }
 
 
 def residuals(x: np.ndarray, groups, base: Calibration) -> np.ndarray:
@@ -260,13 +265,19 @@ def left_out(groups, base: Calibration, x: np.ndarray, rows) -> dict[str, float]
         for group in result.groups():
             if group["median_error_pct"] is None:
                 continue
-            family = next(i.case.cluster.groups[0].device.family for i in result.rows if i.case and i.row.text("accelerator") == group["accelerator"])
+            family = next(
+                i.case.cluster.groups[0].device.family
+                for i in result.rows
+                if i.case and i.row.text("accelerator") == group["accelerator"]
+            )
             alone = "alone: " if len(families[family]) == 1 else ""
             figures[f"{alone}{source} {group['accelerator']}"] = round(group["median_error_pct"], 2)
             print("left out", alone, source, group["accelerator"], round(group["median_error_pct"], 1), "bias", round(group["bias_pct"], 1), "n", group["count"], flush=True)  # fmt: skip
     shared = [v for k, v in figures.items() if not k.startswith("alone")]
     figures["mean"] = round(statistics.fmean(shared), 2)
-    figures["mean with families of one source"] = round(statistics.fmean(v for k, v in figures.items() if k != "mean"), 2)
+    figures["mean with families of one source"] = round(
+        statistics.fmean(v for k, v in figures.items() if k != "mean"), 2
+    )
     print("left out mean", figures["mean"], "all", figures["mean with families of one source"])
     return figures
 
