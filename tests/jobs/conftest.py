@@ -30,6 +30,33 @@ def job(rate=1e-2):
     )
 """
 
+# The last rank dies once, before its third step, as a node does that loses power.
+FRAGILE = """\
+import os
+from pathlib import Path
+
+import tiny
+
+
+class Batches:
+    def __init__(self, batch):
+        self.batch = batch
+
+    def __iter__(self):
+        for number in range(8):
+            last = int(os.environ.get("WORLD_SIZE", "0")) - 1
+            if os.environ.get("RANK") == str(last) and last > 0 and number == 2 and not Path("died").exists():
+                Path("died").touch()
+                os._exit(9)
+            yield self.batch
+
+
+def job():
+    made = tiny.job()
+    made.data = Batches(made.batch)
+    return made
+"""
+
 
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -39,3 +66,10 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
     return tmp_path
+
+
+@pytest.fixture
+def fragile(project: Path) -> Path:
+    """The working directory, with fragile.py: tiny.py's job, whose last rank dies once under a launcher."""
+    (project / "fragile.py").write_text(FRAGILE, encoding="utf-8")
+    return project

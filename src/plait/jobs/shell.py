@@ -149,6 +149,11 @@ def _environment(request: Request) -> str:
         f"CORES=$(( $(nproc) / {count} ))",
         'export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(( CORES > 0 ? CORES : 1 ))}"',
     ]
+    lines += [
+        "# A new store for each start. The one that torchrun shares with its processes still holds the addresses of the start",
+        "# before, and a restart then fails to connect (pytorch#135712, pytorch#167288; seen with torch 2.13 on two nodes).",
+        'export TORCH_DISABLE_SHARE_RDZV_TCP_STORE="${TORCH_DISABLE_SHARE_RDZV_TCP_STORE:-1}"',
+    ]
     for name, value in static_environment(request).items():
         lines += [f"# {_WHY[name]}", f'export {name}="${{{name}:-{value}}}"']
     if request.nodes > 1:
