@@ -89,13 +89,13 @@ def asked(project: Path, engine: str, **more: str) -> tuple[list[str], dict[str,
     return command.splitlines(), dict(line.split("=", 1) for line in rest.splitlines() if "=" in line)
 
 
-def launched(engine: str, *more: str) -> None:
+def launched(engine: str, *more: str, target: str = "tiny.py:job") -> None:
     is_tpu = engine in ("gcp-tpu", "gke-jobset")
     part, per_node = ("TPU-v5e", "4") if is_tpu else ("H100", "8")
     plan = "dp=2,tp=4" if is_tpu else "dp=4,tp=4"
     words = [
         "launch",
-        "tiny.py:job",
+        target,
         "--to",
         engine,
         "--plan",
@@ -129,6 +129,17 @@ def test_second_node_comes_to_the_right_torchrun(project: Path, engine: str):
     assert words[-1] == "--resume"
     assert int(environment["OMP_NUM_THREADS"]) >= 1
     assert environment["PLAIT_TIMEOUT_S"] == "1800"
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_target_reaches_train_as_it_was_typed(project: Path, engine: str):
+    """Whatever stands in its arguments is neither run nor changed on its way through YAML and shell."""
+    target = """tiny.py:job?rate=it's "one" $(touch hacked) `touch hacked` ${HOME} # &a=b: c"""
+    launched(engine, target=target)
+    words, _ = asked(project, engine)
+
+    assert words[words.index("train") + 1] == target
+    assert not list(project.rglob("hacked"))
 
 
 @pytest.mark.parametrize(
