@@ -18,6 +18,8 @@ PUBLIC = [
     "Program",
     "Run",
     "estimate",
+    "launch",
+    "parallelize",
     "search",
     "spawn",
     "start",

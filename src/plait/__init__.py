@@ -6,11 +6,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from plait.auto import parallelize as parallelize
     from plait.capture.job import Job as Job
     from plait.capture.program import Program as Program
     from plait.capture.trace import trace as trace
     from plait.cost.step import estimate as estimate
     from plait.errors import PlaitError as PlaitError
+    from plait.jobs.launch import launch as launch
     from plait.plan.search import search as search
     from plait.run.processes import spawn as spawn
     from plait.run.start import Run as Run
@@ -34,6 +36,8 @@ _HOME = {
     "Program": "plait.capture.program",
     "Run": "plait.run.start",
     "estimate": "plait.cost.step",
+    "launch": "plait.jobs.launch",
+    "parallelize": "plait.auto",
     "search": "plait.plan.search",
     "spawn": "plait.run.processes",
     "start": "plait.run.start",
@@ -51,6 +55,8 @@ __all__ = [
     "Program",
     "Run",
     "estimate",
+    "launch",
+    "parallelize",
     "search",
     "spawn",
     "start",

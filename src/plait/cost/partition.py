@@ -6,8 +6,9 @@ import itertools
 from collections.abc import Sequence
 
 from plait.errors import PlanError
+from plait.schema import Graph
 
-__all__ = ["balanced_cuts", "stage_bounds"]
+__all__ = ["balanced_cuts", "default_cuts", "stage_bounds"]
 
 
 def balanced_cuts(costs: Sequence[float], stages: int) -> tuple[int, ...]:
@@ -37,6 +38,19 @@ def balanced_cuts(costs: Sequence[float], stages: int) -> tuple[int, ...]:
             break
     assert best is not None, "one stage for everything always fits"
     return best
+
+
+def default_cuts(graph: Graph, stages: int) -> tuple[int, ...]:
+    """First segments of stages 1, 2, ... of a plan that does not say: the slowest stage as fast as possible.
+
+    By FLOP and bytes, a byte counting as five FLOP (about a machine's balance): the same on every cluster, so that a
+    plan that leaves its cuts open means the same everywhere.
+    """
+    costs = [
+        s.flops + s.backward_flops + 15.0 * sum(op.read_bytes + op.write_bytes for op in s.operators) + 1.0
+        for s in graph.segments
+    ]
+    return balanced_cuts(costs, stages)
 
 
 def _greedy(costs: Sequence[float], stages: int, limit: float) -> tuple[int, ...] | None:

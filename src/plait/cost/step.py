@@ -19,7 +19,7 @@ from plait.cost.memory import rank_memory, state_bytes
 from plait.cost.money import joules, usd
 from plait.cost.optimizer import accumulate_seconds, optimizer_seconds
 from plait.cost.overlap import hide
-from plait.cost.partition import balanced_cuts, stage_bounds
+from plait.cost.partition import default_cuts, stage_bounds
 from plait.cost.work import Pass, Split, Work, parameter_specs, segment_work
 from plait.errors import PlanError
 from plait.schema.cluster import Cluster, Device
@@ -301,19 +301,6 @@ def default_software(cluster: Cluster, calibration: Calibration) -> Software:
     """The software that plans are costed for when none is named: plait's own runtime."""
     kind = cluster.groups[0].device.category
     return calibration.software_named("xla" if kind == "tpu" else "plait")
-
-
-def default_cuts(graph: Graph, stages: int) -> tuple[int, ...]:
-    """First segments of stages 1, 2, ... of a plan that does not say: the slowest stage as fast as possible.
-
-    By FLOP and bytes, a byte counting as five FLOP (about a machine's balance): the same on every cluster, so that a
-    plan that leaves its cuts open means the same everywhere.
-    """
-    costs = [
-        s.flops + s.backward_flops + 15.0 * sum(op.read_bytes + op.write_bytes for op in s.operators) + 1.0
-        for s in graph.segments
-    ]
-    return balanced_cuts(costs, stages)
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,7 @@ from torch import fx, nn
 
 from plait.capture.prelude import written_by
 from plait.capture.program import Placeholder
+from plait.cost.partition import default_cuts
 from plait.schema import Graph, Plan
 
 __all__ = [
@@ -25,46 +26,15 @@ __all__ = [
     "StageModule",
     "Unit",
     "UnitGraph",
-    "balanced_cuts",
     "borders",
     "stage_bounds",
     "stage_graph",
 ]
 
 
-def balanced_cuts(graph: Graph, stages: int) -> tuple[int, ...]:
-    """First segments of stages 1, 2, ... such that the slowest stage is fastest, by FLOP and bytes.
-
-    Bytes count as five FLOP each, about a machine's balance. Dynamic programming over (segments, stages).
-    """
-    cost = [
-        s.flops + s.backward_flops + 15.0 * sum(op.read_bytes + op.write_bytes for op in s.operators) + 1.0
-        for s in graph.segments
-    ]
-    prefix = [0.0]
-    for value in cost:
-        prefix.append(prefix[-1] + value)
-    count = len(cost)
-    best = [prefix[i] for i in range(count + 1)]
-    back: list[list[int]] = []
-    for _ in range(stages - 1):
-        now, origin = [float("inf")] * (count + 1), [0] * (count + 1)
-        for end in range(1, count + 1):
-            for cut in range(1, end):
-                worst = max(best[cut], prefix[end] - prefix[cut])
-                if worst < now[end]:
-                    now[end], origin[end] = worst, cut
-        best, back = now, [*back, origin]
-    cuts, end = [], count
-    for origin in reversed(back):
-        end = origin[end]
-        cuts.append(end)
-    return tuple(reversed(cuts))
-
-
 def stage_bounds(graph: Graph, plan: Plan) -> list[tuple[int, int]]:
     """(first segment, end) of every stage."""
-    cuts = plan.cuts or balanced_cuts(graph, plan.stages)
+    cuts = plan.cuts or default_cuts(graph, plan.stages)
     edges = [0, *cuts, len(graph.segments)]
     return list(pairwise(edges))
 
