@@ -1,16 +1,16 @@
 """What plait raises.
 
-    PlaitError                 status 1: the work failed
-    ├── RequestError           status 2: what the user asked cannot be done
-    │   ├── TargetError        the TARGET does not exist, raises, or returns no Job
-    │   ├── PlanError          a plan that is malformed or does not fit devices, batch or model
-    │   ├── HardwareError      an unknown accelerator, a broken cluster, offer or catalogue file
-    │   ├── CaptureError       a model that torch.export cannot capture
-    │   ├── CheckpointError    a checkpoint that is broken or belongs to another model
-    │   └── TableError         a table of measurements that cannot be read
-    ├── DivergedError          a loss or gradient that is not finite
-    ├── ParityError            the plan does not compute what one device computes
-    └── WorkerError            a process of the run died
+PlaitError                 status 1: the work failed
+├── RequestError           status 2: what the user asked cannot be done
+│   ├── TargetError        the TARGET does not exist, raises, or returns no Job
+│   ├── PlanError          a plan that is malformed or does not fit devices, batch or model
+│   ├── HardwareError      an unknown accelerator, a broken cluster, offer or catalogue file
+│   ├── CaptureError       a model that torch.export cannot capture
+│   ├── CheckpointError    a checkpoint that is broken or belongs to another model
+│   └── TableError         a table of measurements that cannot be read
+├── DivergedError          a loss or gradient that is not finite
+├── ParityError            the plan does not compute what one device computes
+└── WorkerError            a process of the run died
 """
 
 from __future__ import annotations

@@ -6,11 +6,22 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from plait.errors import PlanError
 from plait.schema.cluster import Cluster
 from plait.schema.graph import Graph
 from plait.schema.plan import Plan
 
-__all__ = ["Degrees", "Facts", "Space", "degrees", "facts_of", "illegal", "microbatch_sizes", "unsupported"]
+__all__ = [
+    "Degrees",
+    "Facts",
+    "Space",
+    "degrees",
+    "facts_of",
+    "illegal",
+    "microbatch_sizes",
+    "refuse_unsupported",
+    "unsupported",
+]
 
 
 LEAST_TOKENS = 512
@@ -181,3 +192,14 @@ def unsupported(plan: Plan) -> tuple[str, ...]:
     if plan.precision not in ("fp32", "bf16"):
         reasons.append(f"precision={plan.precision} is planned, not run")
     return tuple(reasons)
+
+
+def refuse_unsupported(plan: Plan) -> None:
+    """Refuse what can be planned but not run yet.
+
+    Raises:
+        PlanError: with each reason.
+    """
+    reasons = unsupported(plan)
+    if reasons:
+        raise PlanError(f"plan: {plan.spec()} can be planned but not run yet: {'; '.join(reasons)}")

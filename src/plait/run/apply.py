@@ -28,6 +28,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from plait.capture.build import Built
 from plait.capture.program import Program
 from plait.errors import PlanError
+from plait.plan.space import refuse_unsupported
 from plait.run.captures import Capture, cut, prepare
 from plait.run.layout import Layout
 from plait.run.recompute import recompute_unit
@@ -105,9 +106,7 @@ def check(plan: Plan, graph: Graph) -> None:
     Raises:
         PlanError: more stages than segments, an axis that plait cannot execute yet.
     """
-    for axis in ("cp", "ep"):
-        if getattr(plan, axis) > 1:
-            raise PlanError(f"plan: {axis}={getattr(plan, axis)} can be planned but not run yet", hint=f"use {axis}=1")
+    refuse_unsupported(plan)
     if plan.interleave > 1 and plan.pp == 1:
         raise PlanError(f"plan: interleave={plan.interleave} needs a pipeline", hint="set pp=2 or more")
     if plan.stages > len(graph.segments):

@@ -14,6 +14,7 @@ from typing import Any
 
 from plait.capture.target import check_target
 from plait.errors import PlanError
+from plait.plan.space import refuse_unsupported
 from plait.run.processes import spawn
 from plait.schema import Estimate, Plan
 
@@ -33,6 +34,7 @@ def bound_plan(plan: str, devices: int | None) -> Plan:
         PlanError: malformed, or the degrees do not multiply to the devices.
     """
     loaded = Plan.load(plan)
+    refuse_unsupported(loaded)
     size = under_launcher()
     if size is not None and devices is not None and size != devices:
         raise PlanError(f"plan: --devices {devices}, but the launcher started {size} processes")
@@ -83,10 +85,12 @@ def run_train(
     check_target(target)
     chosen = _chosen(target, devices, options.get("batch")) if plan == "auto" else None
     bound = bound_plan(plan, devices) if chosen is None else chosen.plan
-    if bound.cp > 1 or bound.ep > 1:
-        raise PlanError("plan: cp and ep can be planned but not run yet", hint="use cp=1,ep=1")
     folder = run_dir or Path("runs") / f"{_slug(target)}-{datetime.datetime.now().astimezone():%Y%m%d-%H%M%S}"
-    result = in_processes(_train_here, (target, bound, folder, data, {**options, "quiet": json, "measure": chosen is not None}), bound.devices)
+    result = in_processes(
+        _train_here,
+        (target, bound, folder, data, {**options, "quiet": json, "measure": chosen is not None}),
+        bound.devices,
+    )
     if result is None:
         return None
     if chosen is not None:
