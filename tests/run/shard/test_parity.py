@@ -11,10 +11,7 @@ pytestmark = pytest.mark.multi
 CASES = [
     *("perceptron", "perceptron_uneven", "decoder_chunk", "decoder_view3", "decoder_heads", "decoder_odd_heads"),
     *("convnet", "in_place", "odd", "translator", "recurrent", "recommender"),
-    *(
-        f"hf:{kind}"
-        for kind in ("llama", "gpt2", "qwen3", "phi3", "mixtral", "mamba", "bert", "t5", "swin", "wav2vec2")
-    ),
+    *(f"hf:{kind}" for kind in ("llama", "gpt2", "phi3", "mixtral", "mamba", "t5", "wav2vec2")),
 ]
 
 
@@ -38,7 +35,7 @@ def test_a_layer_has_the_collectives_of_the_hand_written_layout(pair: Any, case:
     assert outcome.backward == {"all_reduce": 2 * 2 + 1}
 
 
-@pytest.mark.parametrize("case", ["perceptron_uneven", "decoder_chunk", "hf:llama", "convnet"])
+@pytest.mark.parametrize("case", ["perceptron_uneven", "decoder_chunk", "hf:llama"])
 def test_four_ranks_compute_what_one_does(four: Any, case: str) -> None:
     """Also where sizes do not divide by four, and with fewer key heads than ranks."""
     for outcome in four.run(case):

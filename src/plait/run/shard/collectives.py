@@ -112,9 +112,10 @@ class _Copy(torch.autograd.Function):
 class _Reduce(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, name: str, fresh: bool) -> torch.Tensor:
-        if fresh and x.is_contiguous():
-            ctx.mark_dirty(x)
-        return all_reduce(x, name, fresh=fresh)
+        # In place, but not told to autograd: a matrix product does not save its result, and the history of a write
+        # to a view would cost a copy of the gradient.
+        summed = all_reduce(x, name, fresh=fresh)
+        return summed.view_as(summed) if summed is x else summed
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:

@@ -14,7 +14,7 @@ from plait.run.shard.dataflow import Dataflow
 from plait.run.shard.operation import GETITEM, Op, Refusal, Step, has_tensor, packet_of, shape_of, tensor_operands
 from plait.run.shard.placement import COPIED, PARTIAL, REPLICATED, Placement, Sharded, refined, sharded
 from plait.run.shard.pull import pull, readings
-from plait.run.shard.rules import rule_for
+from plait.run.shard.rules import ask, rule_for
 from plait.run.shard.weights import Weights
 
 if TYPE_CHECKING:
@@ -138,11 +138,10 @@ class Propagation(Dataflow):
     def _ask(self, op: Op, enabled: bool, result: Pass) -> Step:
         if not enabled and not op.split_operands() and not op.has_partial():
             return op.replicated()
-        rule = rule_for(op.node.target)
-        answer = rule(op) if rule else Refusal(f"{op.node.target} has no rule")
-        if isinstance(answer, Refusal) and op.has_partial() and rule:
+        answer = ask(op)
+        if isinstance(answer, Refusal) and op.has_partial() and rule_for(op.node.target):
             op.summed = set(op.operands)
-            answer = rule(op) if op.split_operands() or enabled else op.replicated()
+            answer = ask(op) if op.split_operands() or enabled else op.replicated()
         if isinstance(answer, Step):
             return answer
         result.refusals[op.node] = answer.reason

@@ -15,7 +15,7 @@ from torch import fx
 
 from plait.run.shard.operation import GETITEM, Op, Step, shape_of, tensor_operands
 from plait.run.shard.placement import COPIED, PARTIAL, REPLICATED, Placement, Sharded, sharded
-from plait.run.shard.rules import rule_for
+from plait.run.shard.rules import ask
 
 if TYPE_CHECKING:
     from plait.run.shard.choice import Pass
@@ -46,9 +46,6 @@ def pull(op: Op, wanted: Placement, gradients: Iterable[fx.Node]) -> Step | None
         many = len(value) if isinstance(value, tuple | list) else 0
         return op.step((COPIED,) * many if many else COPIED, {n: COPIED for n in op.operands if n in known})
     assert isinstance(wanted, Sharded)
-    rule = rule_for(op.node.target)
-    if rule is None:
-        return None
     if op.node.target is torch.ops.aten.expand.default:
         source = op.operands[0]
         own = wanted.dim - (len(op.shape) - len(shape_of(source)))
@@ -60,7 +57,7 @@ def pull(op: Op, wanted: Placement, gradients: Iterable[fx.Node]) -> Step | None
                 if not size or size % guess.period or not guess.fits(op.tp):
                     continue
                 placed = dict.fromkeys(op.operands, REPLICATED) | {operand: guess}
-                answer = rule(Op(op.node, op.tp, placed))
+                answer = ask(Op(op.node, op.tp, placed))
                 if isinstance(answer, Step) and answer.outputs == wanted and answer.target is None:
                     return answer
     return None

@@ -8,7 +8,7 @@ from torch import fx
 
 from plait.run.shard.operation import GETITEM, Op, Placements, Step, has_tensor, shape_of
 from plait.run.shard.placement import REPLICATED, Placement, Sharded, sharded
-from plait.run.shard.rules import rule_for
+from plait.run.shard.rules import ask
 
 if TYPE_CHECKING:
     from plait.run.shard.dataflow import Dataflow
@@ -66,8 +66,7 @@ class Weights:
             if not op.split_operands() or not has_tensor(node):
                 placed[node] = op.replicated().outputs
                 continue
-            rule = rule_for(node.target)
-            answer = rule(op) if rule else None
+            answer = ask(op)
             if not isinstance(answer, Step):
                 return None
             placed[node] = answer.outputs

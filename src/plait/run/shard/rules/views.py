@@ -44,7 +44,9 @@ def view(op: Op) -> Step | Refusal:
                     return op.step(out, {source: placement})
                 return op.step(out, {source: placement}, patch=partial(_local_sizes, op, out, axis))
             return op.step(out, {source: placement}, sizes=sizes)
-    return Refusal("a view cuts the sharded dim", source, tuple(_view_wishes(placement, before, after, op.tp)))
+    tail = "x".join(map(str, after[placement.dim :])) if len(after) > placement.dim else "1"
+    reason = f"{before[placement.dim]} viewed as {tail} can't be shared by {op.tp} in whole elements"
+    return Refusal(reason, source, tuple(_view_wishes(placement, before, after, op.tp)))
 
 
 def _local_sizes(op: Op, out: Sharded, axis: int, where: Where) -> dict[str, Any]:
