@@ -79,5 +79,5 @@ def test_gpt_generates_text_beside_the_entropy():
     job = job_of("gpt")
     text = job.generate(job.model())
 
-    assert re.search(r"unigram entropy of the text: 3\.\d\d nats", text)
+    assert re.search(r"unigram entropy of the text: 3\.\d+ nats", text)
     assert "def " in text
