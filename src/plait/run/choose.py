@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
 from typing import Any
 
 from plait.errors import PlanError
 from plait.plan.search import SearchResult, search
 from plait.plan.space import Space
+from plait.run.log import say_on_stderr
 from plait.run.processes import spawn
 from plait.schema import Estimate
 
@@ -35,14 +35,14 @@ def choose_in_process(target: str, devices: int, batch: int | None) -> Estimate:
 
     probe = load_probe()
     if probe is None:
-        _say("measuring this computer once (about a minute; kept for the next time)")
-        probe = probe_machine(say=_say)
+        say_on_stderr("measuring this computer once (about a minute; kept for the next time)")
+        probe = probe_machine(say=say_on_stderr)
         save_probe(probe)
     graph, own = graph_of(target)
     size = batch or own
     result = search(graph, cluster_of(probe, devices), batch=size, precision="fp32", space=Space(executable=True))
     for line in _told(result):
-        _say(line)
+        say_on_stderr(line)
     return _runnable(result, size)
 
 
@@ -58,11 +58,6 @@ def _runnable(result: SearchResult, batch: int) -> Estimate:
 def _told(result: SearchResult) -> list[str]:
     rows = (f"  {1e3 * p.step_time_s:9.1f} ms  {p.peak_memory / 2**30:6.2f} GiB  {p.plan.spec()}" for p in result.plans)
     return ["plans by predicted time of a step:", *rows]
-
-
-def _say(line: str) -> None:
-    sys.stderr.write(line + "\n")
-    sys.stderr.flush()
 
 
 def side_by_side(predicted: Estimate, measured: dict[str, Any]) -> dict[str, Any]:

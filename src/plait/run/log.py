@@ -13,7 +13,7 @@ from typing import Any, Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-__all__ = ["Log"]
+__all__ = ["Log", "say_on_stderr"]
 
 
 class Log:
@@ -97,3 +97,9 @@ class Log:
             for name, value in record.items():
                 if name != "step":
                     self._board.add_scalar(name, value, step)
+
+
+def say_on_stderr(text: str) -> None:
+    """A line for a person, before there is a log."""
+    sys.stderr.write(text + "\n")
+    sys.stderr.flush()

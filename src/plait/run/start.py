@@ -41,11 +41,12 @@ def start(
     seed: int = 0,
     world: World | None = None,
     change: Callable[[str, torch.Tensor], torch.Tensor] | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> Run:
     """The job under a plan (a Plan, a SPEC text or a file's path), ready to step, in every process of the plan.
 
     `batch` is the usual global batch in samples (the job's sample batch if None); other sizes may follow.
-    `change(name, value)` may alter initial values.
+    `change(name, value)` may alter initial values; `say(text)` is told of what takes long, in the first process.
 
     Raises:
         PlanError: the plan fits neither the processes, nor the batch, nor the model.
@@ -62,7 +63,7 @@ def start(
     table = shares(size, bound.microbatches, bound.replicas)
     part = max(1, *(stop - start for row in table for start, stop in row))
     try:
-        program = trace(job, module=built.module, batch=part)
+        program = trace(job, module=built.module, batch=part, say=say if world.rank == 0 else None)
     except CaptureError as reason:
         refuse_uncaptured(bound, reason)
         applied = apply_own_modules(job, built, bound, world, part, reason)

@@ -17,7 +17,7 @@ from plait.capture.job import Job
 from plait.errors import CheckpointError
 from plait.run import checkpoint
 from plait.run.data import Batch, Batches
-from plait.run.log import Log
+from plait.run.log import Log, say_on_stderr
 from plait.run.meter import Meter, tensor_bytes
 from plait.run.start import Run, start
 from plait.run.state import restore, run_shards, run_state, whole_names
@@ -55,10 +55,12 @@ def train(job: Job, plan: Plan, options: TrainOptions) -> dict[str, Any]:
         CheckpointError: what there is to resume from is broken or of another model.
     """
     size = options.batch or batches.batch_size(job)
-    run = start(job, plan, batch=size, seed=options.seed)
+    run = start(job, plan, batch=size, seed=options.seed, say=say_on_stderr)
     source, from_sample = _source(job, run, size, options.seed)
     total = options.steps or source.steps_per_epoch or 100
     with Log(options.run_dir, first=run.world.rank == 0, quiet=options.quiet, append=options.resume) as log:
+        for note in run.applied.notes:
+            log.say(note)
         if from_sample:
             log.say("the job has no data: training on its sample batch")
         best = _resume(run, source, options, log)

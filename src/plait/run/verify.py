@@ -14,6 +14,7 @@ from plait.capture.build import build
 from plait.capture.job import Job
 from plait.capture.trace import user_line
 from plait.errors import PlaitError, TargetError
+from plait.run.log import say_on_stderr
 from plait.run.randomness import NoRandomness, reseed_python
 from plait.run.reference import (
     GRADIENT_FLOOR,
@@ -117,7 +118,7 @@ def _compared(job: Job, bound: Plan, samples: int, steps: int, seed: int, world:
             )
     reference = _shared(reference, problem, world)
     reseed_python()
-    run = start(job, bound, batch=samples, seed=seed, world=world, change=moved)
+    run = start(job, bound, batch=samples, seed=seed, world=world, change=moved, say=say_on_stderr)
     if not run.captured:  # its forward may draw from Python's or numpy's generator, as one device's does in each part
         run.applied.stages[0].register_forward_pre_hook(lambda *_: reseed_python())
     other_start = _other_start(run, reference)

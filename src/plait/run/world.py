@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import FileStore
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from plait.errors import PlanError
+from plait.errors import PlanError, WorkerError
 from plait.schema import Plan
 
 __all__ = ["TIMEOUT", "World", "join"]
@@ -82,12 +82,24 @@ def join(plan: Plan) -> World:
                 hint="start with `plait train ... --devices N`, torchrun, or plait.spawn(function, devices=N)",
             )
         backend = dist.get_default_backend_for_device(device.type)
-        dist.init_process_group(backend, timeout=TIMEOUT, **_rendezvous())
+        try:
+            dist.init_process_group(backend, timeout=TIMEOUT, **_rendezvous())
+        except (dist.DistNetworkError, dist.DistStoreError) as problem:
+            raise _cannot_meet(problem) from None
     size = dist.get_world_size()
     if size != plan.devices:
         raise PlanError(f"plan: it needs {plan.devices} devices, {size} processes are there")
     mesh = init_device_mesh(device.type, (plan.pp, plan.dp, plan.fsdp, plan.tp), mesh_dim_names=MESH)
     return World(dist.get_rank(), size, device, mesh)
+
+
+def _cannot_meet(problem: Exception) -> WorkerError:
+    place = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
+    return WorkerError(
+        f"process {os.environ['RANK']}: cannot meet the others at {place}: {str(problem).splitlines()[0]}",
+        hint="if the port is in use, choose another (torchrun --master-port, or --rdzv-endpoint); if the address is "
+        "wrong or a process is missing, start them all with the same MASTER_ADDR and MASTER_PORT",
+    )
 
 
 def _rendezvous() -> dict[str, Any]:
