@@ -93,6 +93,17 @@ class Twice(nn.Module):
         return self.last(torch.tanh(self.shared(x)))
 
 
+def tied_on_one_process():
+    """One weight in the first and the third of four virtual stages: both are on the first process."""
+
+    def build():
+        model = Chain(*[WIDTH] * 9, 4, act=torch.tanh)
+        model.layers[5].weight = model.layers[0].weight
+        return model
+
+    return _job(build)
+
+
 def twice():
     return _job(Twice)
 

@@ -25,6 +25,7 @@ HOLDS = [
     (OWN + "tied", "dp=2,pp=2", 8),
     (OWN + "tied", "tp=2,pp=2,recompute=selective", 11),
     (OWN + "twice", "pp=4", 8),
+    (OWN + "tied_on_one_process", "dp=2,pp=2,interleave=2,schedule=interleaved", 16),
     (OWN + "unused", "fsdp=2,pp=2", 8),
     (OWN + "spectral_norm", "fsdp=2", 8),
     (OWN + "keywords", "dp=2,pp=2", 8),

@@ -137,7 +137,12 @@ def apply(program: Program, built: Built, plan: Plan, world: World) -> Applied:
     replicated = [h.tensor for n, h in parameters.items() if n in reached and not isinstance(h.tensor, DTensor)]
     reducer = None
     if world.samples is not None and replicated:
-        reducer = Reducer(_as_parameters(replicated), world.samples, overlap=plan.schedule != "zerobubble")
+        reducer = Reducer(
+            _as_parameters(replicated),
+            world.samples,
+            overlap=plan.schedule != "zerobubble",
+            uses=_uses(stages, parameters),
+        )
     tied = TiedWeights(
         {n: holders[n] for n in holders if len({s % plan.pp for s in holders[n]}) > 1 and n in reached}, plan, world
     )
@@ -165,6 +170,18 @@ def local_of(tensor: torch.Tensor) -> torch.Tensor:
 
 def _as_parameters(tensors: list[torch.Tensor]) -> list[nn.Parameter]:
     return [t for t in tensors if isinstance(t, nn.Parameter)]
+
+
+def _uses(stages: dict[int, StageModule], parameters: dict[str, Held]) -> dict[nn.Parameter, int]:
+    """In how many of this process's stages each parameter is: virtual stages may share a tied one."""
+    found: dict[nn.Parameter, int] = {}
+    for stage in stages.values():
+        names = {name for unit in stage.units for _, kind, name in unit.slots if kind == "parameter"}
+        for name in names:
+            tensor = parameters[name].tensor
+            assert isinstance(tensor, nn.Parameter)
+            found[tensor] = found.get(tensor, 0) + 1
+    return found
 
 
 class _Filler:

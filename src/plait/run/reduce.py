@@ -37,7 +37,8 @@ class Reducer:
     """Sums the gradients of `parameters` over `group`.
 
     Every one of them gets a gradient in the backward, unless `all_used` is False:
-    then a parameter that no process used in a step ends without one. `begin(backwards)` before a step: how many backwards will reach each parameter; `finish()` after it.
+    then a parameter that no process used in a step ends without one. `uses` are the stages of this process that a
+    parameter is in, where more than one. `begin(backwards)` before a step: how many backwards each stage will run; `finish()` after it.
     """
 
     def __init__(
@@ -47,10 +48,12 @@ class Reducer:
         *,
         overlap: bool = True,
         all_used: bool = True,
+        uses: dict[nn.Parameter, int] | None = None,
     ) -> None:
         self._group = group
         self._overlap = overlap
         self._all_used = all_used
+        self._uses = uses or {}
         self._buckets = self._fill([p for p in parameters if p.requires_grad])
         self._counts: dict[nn.Parameter, int] = {}
         self._backwards = 1
@@ -90,7 +93,7 @@ class Reducer:
             assert isinstance(parameter, nn.Parameter)
             count = self._counts.get(parameter, 0) + 1
             self._counts[parameter] = count
-            if count == self._backwards:
+            if count == self._backwards * self._uses.get(parameter, 1):
                 bucket.waiting -= 1
                 if bucket.waiting == 0 and self._overlap:
                     self._start(bucket)
