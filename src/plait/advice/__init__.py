@@ -1,0 +1,1 @@
+"""Which accelerator, from whom, for how long and how much: catalogue, offers and search put together."""

@@ -1,0 +1,395 @@
+"""The ranked answers: everything is bounded first, and only what can still be among the answers is searched.
+
+    offers -> filters -> shapes (part, count, instances) -> bound (hours, dollars) -> search, the cheapest bound first
+
+A shape's hours and dollars are never below its bound (`advice/bound.py`), so a search ends when the next bound is not
+below the last answer kept and no bound left could still join the front of time and money. Once a part has been
+searched, its larger shapes are bounded by that result, too: N times the devices are at most N times as fast (1.02 for
+rounding; 1.35 where memory made it recompute, which more devices may end).
+"""
+
+from __future__ import annotations
+
+import datetime
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from plait.advice.answer import Answer, answer_of, local_answer
+from plait.advice.bound import Counted, Precision, count_work, least_devices, seconds_per_sample
+from plait.advice.compatibility import compatibility, training_precision
+from plait.advice.filters import Exclusion, parts_unpriced, remaining
+from plait.advice.needs import Needs
+from plait.advice.shapes import Shape, shapes_of
+from plait.advice.work import Work, work_of
+from plait.cost.calibration import load_calibration
+from plait.errors import HardwareError, PlanError, RequestError
+from plait.hardware.catalogue import load_accelerators
+from plait.hardware.offers import Offer, load_offers
+from plait.plan.search import search
+from plait.plan.space import Space
+from plait.schema.cluster import Cluster
+from plait.schema.graph import Graph
+
+__all__ = ["Advice", "advise"]
+
+HORIZON = 90 * 24.0
+"""Hours that a run may take where no deadline is given: three months, about the longest published runs."""
+LOCAL = 24.0
+"""Hours up to which this computer is the answer."""
+EACH = 2
+"""Answers of one accelerator that are shown; all of them can be on the front."""
+# Fewer choices than `plait plan`: deeper interleaving and zero-bubble change a price by a few per cent.
+_SPACE = Space(schedules=("1f1b", "interleaved"), interleave=(2,), mixed=False)
+
+
+@dataclass(frozen=True, slots=True)
+class _Candidate:
+    shape: Shape
+    precision: Precision
+    why: str
+    hours: float
+    """Not beaten by any plan."""
+    usd: float
+    """Not beaten by any plan; of the kind of price that is ranked by."""
+
+
+@dataclass(frozen=True, slots=True)
+class Advice:
+    """What was asked, and the answers."""
+
+    graph: Graph
+    needs: Needs
+    work: Work
+    counted: Counted
+    answers: tuple[Answer, ...]
+    """Best first; all meet the needs."""
+    front: tuple[Answer, ...]
+    """No other answer is at once faster and cheaper."""
+    excluded: tuple[Exclusion, ...]
+    unpriced: tuple[str, ...]
+    """Parts that train and have no price here: never free, only unknown."""
+    failed: tuple[tuple[str, str], ...]
+    """(shape, why no plan was found)."""
+    bounded: int
+    searched: int
+    unsearched: int
+    """Shapes that could still matter when the time for searching was over."""
+    seconds: float
+    notes: tuple[str, ...]
+
+    def summary(self) -> dict[str, Any]:
+        """The object that `plait advise --json` prints."""
+        return {
+            "model": self.graph.name,
+            "parameters": self.graph.numel,
+            "needs": self.needs.to_dict(),
+            "work": self.work.to_dict(),
+            "answers": [a.summary() for a in self.answers],
+            "pareto": [a.summary() for a in self.front],
+            "excluded": [e.to_dict() for e in self.excluded],
+            "unpriced": list(self.unpriced),
+            "failed": [{"shape": name, "reason": why} for name, why in self.failed],
+            "bounded": self.bounded,
+            "searched": self.searched,
+            "unsearched": self.unsearched,
+            "seconds": self.seconds,
+            "notes": list(self.notes),
+        }
+
+
+@dataclass(slots=True)
+class _Hunt:
+    """One search for answers under way."""
+
+    graph: Graph
+    needs: Needs
+    work: Work
+    counted: Counted
+    keep: int
+    until: float
+    today: datetime.date
+    found: list[Answer] = field(default_factory=list)
+    failed: list[tuple[str, str]] = field(default_factory=list)
+    done: set[Shape] = field(default_factory=set)
+    slower: dict[str, float] = field(default_factory=dict)
+    """Found over bound, by part: orders what comes next, decides nothing."""
+    known: dict[str, list[tuple[Shape, Answer]]] = field(default_factory=dict)
+
+    @property
+    def horizon(self) -> float:
+        return self.needs.deadline or HORIZON
+
+    def usd(self, answer: Answer) -> float:
+        price = answer.price(spot=self.needs.spot)
+        return price.usd if price else float("inf")
+
+    def hours(self, answer: Answer) -> float:
+        price = answer.price(spot=self.needs.spot)
+        return price.hours if price else answer.hours
+
+    def meets(self, answer: Answer) -> bool:
+        return self.hours(answer) <= self.horizon and (
+            self.needs.budget is None or self.usd(answer) <= self.needs.budget
+        )
+
+    def can_meet(self, c: _Candidate) -> bool:
+        return c.hours <= self.horizon and (self.needs.budget is None or c.usd <= self.needs.budget)
+
+    def tightened(self, c: _Candidate) -> _Candidate:
+        """`c` with the bound that smaller shapes of its part give, on no worse a network."""
+        hours = c.hours
+        for shape, answer in self.known.get(c.shape.part.name, ()):
+            if shape.count <= c.shape.count and shape.per_instance >= c.shape.per_instance:
+                plan = answer.estimate.plan
+                gain = 1.02 if plan.recompute == "none" and not plan.recompute_segments else 1.35
+                hours = max(hours, answer.hours * shape.count / c.shape.count / gain)
+        return c if hours == c.hours else replace(c, hours=hours, usd=c.usd * hours / c.hours)
+
+    def key(self, answer: Answer) -> tuple[float, float]:
+        usd, hours = self.usd(answer), self.hours(answer)
+        return (usd, hours) if self.needs.minimize == "usd" else (hours, usd)
+
+    def good(self) -> list[Answer]:
+        return sorted((a for a in self.found if self.meets(a)), key=self.key)
+
+    def matters(self, c: _Candidate, good: Sequence[Answer]) -> bool:
+        """Whether `c` could still be among the answers kept, or on the front, given the `good` ones so far."""
+        bound = c.usd if self.needs.minimize == "usd" else c.hours
+        own = [a for a in good if a.accelerator == c.shape.part.name]
+        kept = varied(good)
+        if (len(own) < EACH or bound < self.key(own[EACH - 1])[0]) and (
+            len(kept) < self.keep or bound < self.key(kept[self.keep - 1])[0]
+        ):
+            return True
+        return not any(self.usd(a) <= c.usd and self.hours(a) <= c.hours for a in good)
+
+    def guess(self, c: _Candidate) -> tuple[float, float]:
+        """What is taken first: the value that the part's other shapes suggest."""
+        factor = self.slower.get(c.shape.part.name, 1.0)
+        late = factor * c.hours > self.horizon
+        usd, hours = factor * c.usd + (1e15 if late else 0.0), factor * c.hours
+        return (usd, c.shape.count) if self.needs.minimize == "usd" else (hours, usd)
+
+    def run(self, candidates: Sequence[_Candidate], most: int | None = None) -> int:
+        """Searches what matters; the number of candidates that were left when the time was over."""
+        left = [c for c in candidates if c.shape not in self.done]
+        began = len(self.done)
+        while left and (most is None or len(self.done) - began < most):
+            good = self.good()
+            left = [c for c in map(self.tightened, left) if self.can_meet(c) and self.matters(c, good)]
+            if not left or time.perf_counter() > self.until:
+                break
+            c = min(left, key=self.guess)
+            left.remove(c)
+            self.look(c)
+        return len(left)
+
+    def look(self, c: _Candidate) -> None:
+        """Searches one shape."""
+        self.done.add(c.shape)
+        try:
+            cluster = c.shape.cluster()
+            best = search(
+                self.graph, cluster, batch=self.work.batch, precision=c.precision, top=1, space=_SPACE
+            ).estimate
+            told = compatibility(c.shape.part, self.counted, c.precision, c.why)
+        except (HardwareError, PlanError) as problem:
+            self.failed.append((f"{c.shape.count}x{c.shape.part.name}", problem.message.splitlines()[0]))
+            return
+        answer = answer_of(c.shape, best, self.graph, self.work, self.needs, told, self.today)
+        self.slower[answer.accelerator] = max(1.0, answer.hours / c.hours)
+        self.found.append(answer)
+        self.known.setdefault(answer.accelerator, []).append((c.shape, answer))
+
+
+def advise(
+    graph: Graph,
+    needs: Needs,
+    *,
+    own_batch: int = 1,
+    offers: Sequence[Offer] | None = None,
+    local: Cluster | None = None,
+    keep: int = 8,
+    seconds: float = 12.0,
+    today: datetime.date | None = None,
+) -> Advice:
+    """The `keep` best answers to `needs` for training `graph`, and the front of time and money.
+
+    `local` is this computer, if it has been probed; after `seconds` of searching what is left is only counted.
+
+    Raises:
+        RequestError: needs clash, or no offer meets budget and deadline; the message has the nearest.
+    """
+    began = time.perf_counter()
+    today = today or datetime.datetime.now(datetime.UTC).date()
+    work = work_of(graph, needs, own_batch)
+    counted = count_work(graph)
+    offers = load_offers() if offers is None else offers
+    filtered = remaining(offers, needs, counted)
+    candidates = _candidates(filtered.offers, offers, graph, needs, work, counted)
+    hunt = _Hunt(graph, needs, work, counted, keep, began + seconds, today)
+    notes: list[str] = []
+    here = _here(graph, needs, work, counted, local, notes)
+    feasible = [c for c in candidates if hunt.can_meet(c)]
+    unsearched = hunt.run(feasible)
+    answers = hunt.good()
+    if not answers and here is None:
+        if needs.deadline is None and needs.budget is None and hunt.found:
+            notes.append(f"nothing finishes within {HORIZON / 24:.0f} days; the answers take longer")
+            answers = sorted(hunt.found, key=hunt.key)
+        else:
+            answers = _longer(hunt, candidates, notes)
+    if here is not None:
+        answers = [here, *answers]
+    if any(not spec.trainable for spec in graph.parameters):
+        notes.append("frozen parameters are counted as if they were trained: memory and time are upper limits")
+    return Advice(
+        graph=graph,
+        needs=needs,
+        work=work,
+        counted=counted,
+        answers=tuple(varied(answers)[:keep]),
+        front=_front(hunt, answers),
+        excluded=filtered.excluded,
+        unpriced=parts_unpriced(needs, offers),
+        failed=tuple(hunt.failed),
+        bounded=len(candidates),
+        searched=len(hunt.done),
+        unsearched=unsearched,
+        seconds=time.perf_counter() - began,
+        notes=tuple(notes),
+    )
+
+
+def varied(answers: Sequence[Answer]) -> list[Answer]:
+    """The answers in their order, at most `EACH` of one accelerator: more would hide the other parts."""
+    counts: Counter[str] = Counter()
+    kept = []
+    for answer in answers:
+        counts[answer.accelerator] += 1
+        if counts[answer.accelerator] <= EACH:
+            kept.append(answer)
+    return kept
+
+
+def _candidates(
+    offers: Sequence[Offer], everything: Sequence[Offer], graph: Graph, needs: Needs, work: Work, counted: Counted
+) -> list[_Candidate]:
+    """Every shape with the hours and dollars that no plan beats."""
+    calibration = load_calibration()
+    samples = work.tokens / graph.tokens_per_sample
+    least: dict[str, int] = {}
+    each: dict[str, tuple[Precision, str, float]] = {}
+    for name in dict.fromkeys(offer.accelerator for offer in offers):
+        part = load_accelerators()[name]
+        precision, why = training_precision(part)
+        if precision is None:
+            continue  # filters have left it out already
+        least[name] = least_devices(counted, part.device, precision, calibration)
+        each[name] = precision, why, seconds_per_sample(counted, part.device, precision, calibration)
+    found = []
+    alone = {name: samples * seconds / 3600 for name, (_, _, seconds) in each.items()}
+    for shape in shapes_of(offers, least, alone, work.batch, everything):
+        precision, why, seconds = each[shape.part.name]
+        hours = samples * seconds / shape.count / 3600
+        hourly = shape.hourly(spot=needs.spot)
+        if hourly is not None:
+            found.append(_Candidate(shape, precision, why, hours, hours * hourly[0]))
+    return found
+
+
+def _here(
+    graph: Graph, needs: Needs, work: Work, counted: Counted, local: Cluster | None, notes: list[str]
+) -> Answer | None:
+    """This computer, where the model fits and is done soon; a note where that is not known."""
+    if needs.only or needs.clouds or needs.require:
+        return None
+    if local is None:
+        # 1e15: a day of an ordinary CPU's 12 GFLOP/s at the least; only decides whether the note is shown.
+        if counted.flops * work.tokens / graph.tokens_per_sample < 24 * 3600 * 1e12:
+            notes.append(
+                "a model this small may not need an accelerator: run `plait hardware probe` once, and this computer is compared"
+            )
+        return None
+    limit = min(LOCAL, needs.deadline or LOCAL)
+    try:
+        device = local.groups[0].device
+        least = seconds_per_sample(counted, device, "fp32", load_calibration()) / local.devices
+        if least * work.tokens / graph.tokens_per_sample / 3600 > limit:
+            return None
+        found = search(graph, local, batch=work.batch, top=1, space=_SPACE).estimate
+    except (HardwareError, PlanError) as problem:
+        notes.append(f"this computer: {problem.message.splitlines()[0]}")
+        return None
+    answer = local_answer(found, graph, work)
+    return answer if answer.hours <= limit else None
+
+
+def _longer(hunt: _Hunt, candidates: Sequence[_Candidate], notes: list[str]) -> list[Answer]:
+    """The answers where nothing meets the needs: none where a need was stated, else those that take longest.
+
+    Raises:
+        RequestError: with what is nearest.
+    """
+    hunt.until = max(hunt.until, time.perf_counter() + 10)
+    cheap = sorted(candidates, key=lambda c: c.usd)[:3]
+    quick = sorted(candidates, key=lambda c: c.hours)[:3]
+    for c in [*cheap, *quick]:
+        if c.shape not in hunt.done and time.perf_counter() < hunt.until:
+            hunt.look(c)
+    if not hunt.found:
+        why = "; ".join(f"{name}: {reason}" for name, reason in hunt.failed[:3])
+        raise RequestError(
+            f"no offer can hold and train {hunt.graph.name}: {why or 'no shape is large enough'}",
+            hint="a smaller batch, a smaller model, or parts with more memory (--only)",
+        )
+    if hunt.needs.budget is None and hunt.needs.deadline is None:
+        notes.append(f"nothing finishes within {HORIZON / 24:.0f} days; the answers take longer")
+        return sorted(hunt.found, key=lambda a: (hunt.hours(a), hunt.usd(a)))
+    raise _nearest(hunt)
+
+
+def _nearest(hunt: _Hunt) -> RequestError:
+    """The error when no offer meets budget and deadline: what is nearest to each."""
+    needs = hunt.needs
+
+    def text(a: Answer) -> str:
+        price = a.price(spot=needs.spot)
+        where = f" at {price.offer.cloud} ({price.offer.instance_type})" if price else ""
+        return f"{a.name}{where}: {hunt.hours(a):,.1f} h, ${hunt.usd(a):,.2f}"
+
+    cheapest = min(hunt.found, key=lambda a: (hunt.usd(a), hunt.hours(a)))
+    fastest = min(hunt.found, key=lambda a: (hunt.hours(a), hunt.usd(a)))
+    in_time = [a for a in hunt.found if hunt.hours(a) <= hunt.horizon]
+    stated = [f"--budget {needs.budget:g}"] if needs.budget is not None else []
+    stated += [f"--deadline {needs.deadline:g}"] if needs.deadline is not None else []
+    hints = []
+    if needs.budget is not None:
+        affordable = [a for a in hunt.found if hunt.usd(a) <= needs.budget]
+        if in_time:
+            hints.append("cheapest in time " + text(min(in_time, key=hunt.usd)))
+        if affordable:
+            hints.append("fastest within the budget " + text(min(affordable, key=hunt.hours)))
+    both = len(stated) == 2
+    if not hints or not both:
+        hints = ["cheapest " + text(cheapest), "fastest " + text(fastest)]
+    clash = " clash: each can be met, not both" if both and len(hints) == 2 and in_time else ""
+    head = " and ".join(stated)
+    return RequestError(
+        f"{head}{clash}" if clash else f"no offer meets {head}",
+        hint="nearest of those searched: " + "; ".join(dict.fromkeys(hints)),
+    )
+
+
+def _front(hunt: _Hunt, answers: Sequence[Answer]) -> tuple[Answer, ...]:
+    """Answers that no other one beats in time and money, fastest first."""
+    front: list[Answer] = []
+    for answer in sorted(answers, key=lambda a: (hunt.hours(a), hunt.usd(a))):
+        priced = answer.on_demand or answer.spot
+        usd = hunt.usd(answer) if priced else 0.0
+        if all(usd < (hunt.usd(other) if other.on_demand or other.spot else 0.0) for other in front):
+            front.append(answer)
+    return tuple(front)

@@ -1,0 +1,116 @@
+"""Where a figure of the first answer comes from: formula, inputs, source of each."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+from plait.advice.advise import Advice
+from plait.errors import RequestError
+from plait.hardware.catalogue import load_accelerators
+from plait.units import gib
+
+__all__ = ["FIGURES", "explain"]
+
+FIGURES = ("tokens", "batch", "hours", "usd", "usd_spot", "mfu", "memory", "energy", "co2", "price", "peak")
+
+
+def explain(advice: Advice, name: str) -> dict[str, Any]:
+    """`value`, `unit`, `formula`, `inputs` (each with its source) of the figure called `name`.
+
+    Raises:
+        RequestError: there is no such figure, or the first answer has none.
+    """
+    word = name.strip().lower()
+    if word not in FIGURES:
+        near = difflib.get_close_matches(word, FIGURES, n=3, cutoff=0.4)
+        raise RequestError(
+            f"--explain {name!r} is not a figure of the answer",
+            hint=(f"nearest: {', '.join(near)}; " if near else "") + f"figures: {', '.join(FIGURES)}",
+        )
+    first, work = advice.answers[0], advice.work
+    found = first.estimate
+    if word in ("tokens", "batch"):
+        value: float = work.tokens if word == "tokens" else work.batch
+        return _told(
+            word,
+            value,
+            work.unit if word == "tokens" else "samples",
+            "stated",
+            [(word, value, getattr(work, f"{word}_why"))],
+        )
+    hours = [
+        ("tokens", work.tokens, work.tokens_why),
+        ("tokens_per_s", found.tokens_per_s, f"cost model, plan {found.plan.spec()} (docs/cost.md)"),
+    ]
+    if word == "hours":
+        return _told(word, first.hours, "h", "tokens / tokens_per_s / 3600", hours)
+    if word == "mfu":
+        return _told(
+            word, found.mfu, "of peak", "matmul and attention FLOP of a step / (step_time x devices x peak)",
+            [
+                ("flop_per_sample", advice.counted.flops, "counted over the model's operators"),
+                ("step_time_s", found.step_time_s, "cost model (docs/cost.md)"),
+                ("batch", work.batch, work.batch_why),
+                ("devices", found.plan.devices, "the plan"),
+            ],
+        )  # fmt: skip
+    if word == "memory":
+        parts = found.memory[found.fullest].to_dict()
+        return _told(
+            word, gib(found.peak_memory), "GiB", "sum of the parts on the fullest rank",
+            [(part, gib(value), "cost model, cost/memory.py") for part, value in parts.items()],
+        )  # fmt: skip
+    if word == "energy":
+        value = _need(word, first.energy_kwh)
+        return _told(word, value, "kWh", "joule_per_step x steps / 3.6e6; accelerators alone, hosts and cooling add 30 to 60 %", [
+            ("joule_per_step", found.joule_per_step, "board power x time (cost/money.py)"),
+            ("steps", work.tokens / (work.batch * advice.graph.tokens_per_sample), "tokens / (batch x tokens of a sample)"),
+        ])  # fmt: skip
+    if word == "co2":
+        value = _need(word, first.co2_kg)
+        return _told(word, value, "kg", "energy x grid factor", [
+            ("energy_kwh", first.energy_kwh, "--explain energy"),
+            ("grid_kg_per_kwh", advice.needs.grid_kg_per_kwh, "as given by --grid"),
+        ])  # fmt: skip
+    if word == "peak":
+        part = load_accelerators().get(first.accelerator)
+        told = first.compatibility
+        if part is None or told is None:
+            raise RequestError("--explain peak: the first answer is this computer, which was measured")
+        return _told(word, part.device.peak(told.precision), "FLOP/s", f"dense {told.precision} peak", [
+            (part.name, part.device.peak(told.precision), part.device.source)
+        ])  # fmt: skip
+    price = first.price(spot=word == "usd_spot" or (word == "price" and advice.needs.spot))
+    if price is None:
+        raise RequestError(f"--explain {word}: the first answer has no such figure", hint="--json shows all it has")
+    rate = ("usd_per_hour", price.usd_per_hour,
+            f"{first.instances} x {price.offer.cloud} {price.offer.instance_type} {price.offer.region}, {price.offer.as_of}, {price.offer.source}")  # fmt: skip
+    if word == "price":
+        return _told(word, price.usd_per_hour, "USD/h", "price of an instance x instances", [rate])
+    if word == "usd":
+        return _told(word, price.usd, "USD", "hours x usd_per_hour", [*hours, rate])
+    needs = advice.needs
+    return _told(word, price.usd, "USD", "hours / (1 - instances x per_day/24 x (checkpoint/2 + restart)/60) x usd_per_hour", [
+        *hours, rate, ("instances", first.instances, "the shape"),
+        ("per_day", needs.interruptions_per_day, "assumed, no source; --interruptions-per-day"),
+        ("checkpoint_minutes", needs.checkpoint_minutes, "--checkpoint-minutes"),
+        ("restart_minutes", needs.restart_minutes, "assumed, no source; --restart-minutes"),
+    ])  # fmt: skip
+
+
+def _need(name: str, value: float | None) -> float:
+    if value is None:
+        hint = "give --grid KG_PER_KWH" if name == "co2" else "no source states the part's power"
+        raise RequestError(f"--explain {name}: the first answer has no such figure", hint=hint)
+    return value
+
+
+def _told(name: str, value: float, unit: str, formula: str, inputs: list[tuple[str, Any, str]]) -> dict[str, Any]:
+    return {
+        "figure": name,
+        "value": value,
+        "unit": unit,
+        "formula": formula,
+        "inputs": [{"name": n, "value": v, "source": s} for n, v, s in inputs],
+    }

@@ -1,0 +1,147 @@
+"""Which offers remain under the stated needs; each one left out has its reason, and a clash has its names."""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from plait.advice.bound import Counted
+from plait.advice.compatibility import can_be_costed, training_precision
+from plait.advice.needs import Needs
+from plait.advice.retired import refuse_retired
+from plait.advice.security import meets
+from plait.errors import RequestError
+from plait.hardware.catalogue import load_accelerators
+from plait.hardware.offers import Offer
+from plait.schema.records import Record
+
+__all__ = ["Exclusion", "Filtered", "remaining"]
+
+Check = Callable[[Offer], str]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Exclusion(Record):
+    """Offers that were left out for one reason."""
+
+    need: str
+    """The option that leaves them out, or what the part lacks."""
+    reason: str
+    count: int
+    example: str
+
+
+@dataclass(frozen=True, slots=True)
+class Filtered:
+    """What is left, and what is not."""
+
+    offers: tuple[Offer, ...]
+    excluded: tuple[Exclusion, ...]
+
+
+def remaining(offers: Sequence[Offer], needs: Needs, counted: Counted) -> Filtered:
+    """The offers that can be among the answers.
+
+    Raises:
+        RequestError: a cloud is not known, or no offer meets all needs; the message says which needs clash.
+    """
+    _check_clouds(offers, needs)
+    unable = {name: _unable(name, counted) for name in {offer.accelerator for offer in offers}}
+    wanted, unwanted = needs.wanted(), needs.unwanted()
+    checks: dict[str, Check] = {
+        "part": lambda o: unable[o.accelerator],
+        "slice": lambda o: "" if o.count >= 1 else "a slice of an accelerator cannot be joined to others",
+    }
+    if needs.clouds:
+        checks["--clouds"] = lambda o: "" if o.cloud in needs.clouds else "not one of the clouds asked for"
+    if needs.only:
+        checks["--only"] = lambda o: "" if o.accelerator in wanted else "not one of the parts asked for"
+    if needs.avoid:
+        checks["--avoid"] = lambda o: "to be avoided" if o.accelerator in unwanted else ""
+    for need in needs.require:
+        checks[f"--require {need}"] = _required(need)
+    wholly = "the spot price" if needs.spot else "the on-demand price"
+    checks["unpriced"] = lambda o: (
+        "" if (o.spot_usd_per_hour if needs.spot else o.usd_per_hour) else f"{wholly} is not known"
+    )
+    kept: list[Offer] = []
+    counts: Counter[tuple[str, str]] = Counter()
+    examples: dict[tuple[str, str], str] = {}
+    for offer in offers:
+        why = next(((need, reason) for need, check in checks.items() if (reason := check(offer))), None)
+        if why is None:
+            kept.append(offer)
+            continue
+        counts[why] += 1
+        examples.setdefault(why, f"{offer.cloud} {offer.instance_type} ({offer.accelerator}, {offer.region})")
+    excluded = tuple(
+        Exclusion(need=need, reason=reason, count=count, example=examples[need, reason])
+        for (need, reason), count in counts.most_common()
+    )
+    if not kept:
+        raise _clash(offers, checks, parts_unpriced(needs, offers))
+    return Filtered(tuple(kept), excluded)
+
+
+def parts_unpriced(needs: Needs, offers: Sequence[Offer]) -> tuple[str, ...]:
+    """Parts that train and that nobody here has a price for."""
+    priced = {o.accelerator for o in offers if (o.spot_usd_per_hour if needs.spot else o.usd_per_hour)}
+    names = needs.wanted() - needs.unwanted() - priced
+    return tuple(n for n, part in load_accelerators().items() if n in names and part.device.trains)
+
+
+def _unable(name: str, counted: Counted) -> str:
+    part = load_accelerators()[name]
+    precision, why = training_precision(part)
+    return why if precision is None else can_be_costed(part, counted, precision)
+
+
+def _required(need: str) -> Check:
+    parts = load_accelerators()
+
+    def check(offer: Offer) -> str:
+        fine, reason = meets(need, parts[offer.accelerator], offer)
+        return "" if fine else reason
+
+    return check
+
+
+def _check_clouds(offers: Sequence[Offer], needs: Needs) -> None:
+    known = sorted({offer.cloud for offer in offers})
+    for cloud in needs.clouds:
+        if cloud not in known:
+            refuse_retired(cloud)
+            near = difflib.get_close_matches(cloud.lower(), known, n=3, cutoff=0.4)
+            raise RequestError(
+                f"--clouds {cloud!r} is not a cloud with offers here",
+                hint=(f"nearest: {', '.join(near)}; " if near else "") + f"all: {', '.join(known)}",
+            )
+
+
+def _clash(offers: Sequence[Offer], checks: dict[str, Check], unpriced: Sequence[str]) -> RequestError:
+    """The error when nothing is left: the smallest set of needs without which something is."""
+    stated = [need for need in checks if need.startswith("--")]
+    for size in (1, 2, 3):
+        hints = []
+        for dropped in itertools.combinations(stated, size):
+            left = [o for o in offers if not any(check(o) for need, check in checks.items() if need not in dropped)]
+            if left:
+                names = sorted({o.accelerator for o in left})
+                shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+                hints.append((f"without {' and '.join(dropped)}: {len(left)} offers ({shown})", dropped))
+        if hints:
+            both = " and ".join(dict.fromkeys(need for _, dropped in hints for need in dropped))
+            others = [need for need in stated if need not in both]
+            return RequestError(
+                f"no offer meets all needs: {both} clash{'es' if len(hints) == 1 and size == 1 else ''}"
+                + (f" with {' and '.join(others)}" if len(hints) == 1 and others else ""),
+                hint="; ".join(text for text, _ in hints[:4]),
+            )
+    named = f" ({', '.join(unpriced[:4])} have no priced offer)" if unpriced else ""
+    return RequestError(
+        f"no offer that can train this model has a price{named}",
+        hint="`plait hardware list` prints the parts and their offers; drop --spot, --only or --require",
+    )

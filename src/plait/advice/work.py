@@ -1,0 +1,64 @@
+"""How much there is to do: tokens and batch, given or a default that says why."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from plait.advice.needs import Needs
+from plait.schema.graph import Graph
+from plait.schema.records import Record
+from plait.units import format_count
+
+__all__ = ["Work", "work_of"]
+
+_CHINCHILLA = 20  # tokens a parameter: Hoffmann et al. (2022), arXiv 2203.15556, table 3
+# Tokens of a batch up to so many parameters: Brown et al. (2020), arXiv 2005.14165, table 2.1.
+_BATCHES = ((0.8e9, 0.5e6), (4e9, 1e6), (14e9, 2e6), (float("inf"), 3.2e6))
+_IMAGENET = 1_281_167 * 90  # samples: 90 passes over ImageNet-1k, a usual recipe of image classifiers
+_ALPACA = 52_002 * 3  # samples: 3 passes over Alpaca's 52,002 instructions (Taori et al. 2023)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Work(Record):
+    """What a run has to get through."""
+
+    tokens: float
+    """Positions, or samples where a sample has no sequence."""
+    unit: str
+    batch: int
+    """Samples of a step."""
+    tokens_why: str
+    batch_why: str
+
+
+def work_of(graph: Graph, needs: Needs, own_batch: int) -> Work:
+    """Tokens and batch of the run."""
+    has_sequence = graph.tokens_per_sample > 1
+    unit = "tokens" if has_sequence else "samples"
+    if needs.tokens is not None:
+        tokens, tokens_why = needs.tokens, "as given by --tokens"
+    elif needs.task == "finetune":
+        tokens = float(_ALPACA * graph.tokens_per_sample)
+        tokens_why = "default: 3 passes over 52,002 samples, as Alpaca did, each of the job's own length"
+    elif has_sequence:
+        tokens = float(_CHINCHILLA * graph.numel)
+        tokens_why = f"default: {_CHINCHILLA} tokens for each of {format_count(graph.numel)} parameters (Chinchilla, arXiv 2203.15556)"
+    else:
+        tokens, tokens_why = (
+            float(_IMAGENET),
+            "default: 90 passes over 1.28 million samples, as image classifiers on ImageNet",
+        )
+    if needs.batch is not None:
+        batch, batch_why = needs.batch, "as given by --batch"
+    elif needs.task == "finetune":
+        batch, batch_why = 128, "default: 128 samples, as Alpaca"
+    elif has_sequence:
+        wanted = next(size for limit, size in _BATCHES if graph.numel <= limit)
+        batch = max(1, 1 << round(wanted / graph.tokens_per_sample).bit_length() - 1)
+        batch_why = (
+            f"default: {format_count(batch * graph.tokens_per_sample)} tokens, a power of two of samples below the "
+            f"{format_count(wanted)} that GPT-3 took at this size (arXiv 2005.14165, table 2.1)"
+        )
+    else:
+        batch, batch_why = max(256, own_batch), "default: 256 samples, or the job's own batch where that is larger"
+    return Work(tokens=tokens, unit=unit, batch=batch, tokens_why=tokens_why, batch_why=batch_why)

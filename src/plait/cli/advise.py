@@ -1,0 +1,166 @@
+"""`plait advise`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+import typer
+
+from plait.cli.options import Batch, Json, Target
+from plait.cli.output import only_result_on_stdout, show
+
+__all__ = ["advise"]
+
+_LIST = "A list split at commas."
+
+
+def _split(text: str) -> tuple[str, ...]:
+    return tuple(word.strip() for word in text.split(",") if word.strip())
+
+
+def advise(
+    target: Target,
+    task: Annotated[str, typer.Option("--task", metavar="train|finetune", help="finetune: all parameters.")] = "train",
+    tokens: Annotated[
+        str | None, typer.Option("--tokens", metavar="N", help="To train on, as in 300B.", show_default=False)
+    ] = None,
+    batch: Batch = None,
+    budget: Annotated[str | None, typer.Option("--budget", metavar="USD", show_default=False)] = None,
+    deadline: Annotated[str | None, typer.Option("--deadline", metavar="HOURS", show_default=False)] = None,
+    minimize: Annotated[str, typer.Option("--minimize", metavar="usd|time")] = "usd",
+    spot: Annotated[bool, typer.Option("--spot", help="Rank by spot prices, interruptions included.")] = False,
+    clouds: Annotated[str, typer.Option("--clouds", help=_LIST, show_default=False)] = "",
+    only: Annotated[str, typer.Option("--only", help="Accelerators or families. " + _LIST, show_default=False)] = "",
+    avoid: Annotated[str, typer.Option("--avoid", help="Accelerators or families. " + _LIST, show_default=False)] = "",
+    require: Annotated[
+        str,
+        typer.Option(
+            "--require",
+            metavar="NEED,...",
+            help="confidential, single-tenant, whole-accelerator, no-marketplace, region=eu.",
+            show_default=False,
+        ),
+    ] = "",
+    checkpoint_minutes: Annotated[float, typer.Option("--checkpoint-minutes", help="Between checkpoints.")] = 30.0,
+    restart_minutes: Annotated[float, typer.Option("--restart-minutes", help="After an interruption.")] = 10.0,
+    interruptions_per_day: Annotated[
+        float, typer.Option("--interruptions-per-day", help="Of one spot instance; an assumption.")
+    ] = 0.2,
+    grid: Annotated[
+        float | None, typer.Option("--grid", metavar="KG_PER_KWH", help="CO2 of electricity.", show_default=False)
+    ] = None,
+    top: Annotated[int, typer.Option("--top", min=1, metavar="K", help="Answers to show.")] = 8,
+    explain: Annotated[
+        str,
+        typer.Option("--explain", metavar="NAME", help="Formula, inputs and sources of a figure.", show_default=False),
+    ] = "",
+    json: Json = False,
+) -> int:
+    """Say which accelerators, from which cloud, for how long and for how much."""
+    from plait.advice.advise import advise as answers
+    from plait.advice.explain import explain as explained
+    from plait.advice.needs import Needs, amount
+    from plait.advice.retired import refuse_retired
+    from plait.advice.words import paragraph, warnings
+
+    with only_result_on_stdout(json):
+        from plait.capture.graphs import graph_of
+
+        refuse_retired(target)
+        needs = Needs(
+            task=task,
+            tokens=None if tokens is None else amount("--tokens", tokens),
+            batch=batch,
+            budget=None if budget is None else amount("--budget", budget),
+            deadline=None if deadline is None else amount("--deadline", deadline),
+            minimize=minimize,
+            spot=spot,
+            clouds=_split(clouds),
+            only=_split(only),
+            avoid=_split(avoid),
+            require=_split(require),
+            checkpoint_minutes=checkpoint_minutes,
+            restart_minutes=restart_minutes,
+            interruptions_per_day=interruptions_per_day,
+            grid_kg_per_kwh=grid,
+        )
+        graph, own = graph_of(target)
+        advice = answers(graph, needs, own_batch=own, local=_local(), keep=top)
+        result = advice.summary()
+        result["advice"] = paragraph(advice)
+        result["warnings"] = warnings(advice)
+        if explain:
+            result["explained"] = explained(advice, explain)
+    show(result, json, _text)
+    return 0
+
+
+def _local() -> Any:
+    from plait.errors import HardwareError
+    from plait.schema import Cluster
+
+    try:
+        return Cluster.local(devices=1)
+    except HardwareError:
+        return None  # not probed: the advice says so where it matters
+
+
+def _text(result: Mapping[str, Any]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    from plait.advice.words import length
+
+    console = Console(width=None if sys.stdout.isatty() else 200, soft_wrap=True)
+
+    def say(text: str) -> None:
+        console.print(text, markup=False, highlight=False)
+
+    work = result["work"]
+    say(f"{result['model']}: {result['parameters']:,} parameters")
+    say(f"  {work['tokens']:,.0f} {work['unit']}: {work['tokens_why']}")
+    say(f"  {work['batch']} samples a step: {work['batch_why']}")
+    titles = ("accelerators", "from", "time", "$", "$ spot", "kWh", "use %", "GiB free", "price of", "plan")
+    table = Table(box=box.SIMPLE, pad_edge=False)
+    for number, title in enumerate(titles):
+        table.add_column(title, justify="right" if 2 <= number <= 7 else "left", overflow="fold")
+    on_front = [(a["accelerator"], a["count"]) for a in result["pareto"]]
+    for answer in result["answers"]:
+        price = answer["spot" if result["needs"]["spot"] else "on_demand"]
+        mark = " *" if (answer["accelerator"], answer["count"]) in on_front else ""
+        table.add_row(
+            f"{answer['count']} {answer['accelerator']}{mark}",
+            "" if price is None else f"{price['cloud']} {price['instance_type']} {price['region']}",
+            length(answer["hours"] if price is None else price["hours"]),
+            _number(answer["usd"], 2),
+            _number(answer["usd_spot"], 2),
+            _number(answer["energy_kwh"], 1),
+            f"{100 * answer['mfu']:.1f}",
+            _number(answer["headroom_gib"], 1),
+            "" if price is None else price["as_of"],
+            answer["spec"],
+        )
+    console.print(table)
+    say("* no other answer is at once faster and cheaper\n")
+    say(result["advice"])
+    told = result["answers"][0]["compatibility"]
+    for reason in told["reasons"] if told else ():
+        say(f"  {reason}")
+    for line in result["warnings"]:
+        say(f"  note: {line}")
+    for entry in result["excluded"][:8]:
+        say(f"  left out {entry['count']}: {entry['need']}: {entry['reason']} ({entry['example']})")
+    say(f"  {result['bounded']} shapes bounded, {result['searched']} searched in {result['seconds']:.1f} s")
+    if (why := result.get("explained")) is not None:
+        say(f"\n{why['figure']} = {why['value']:,.6g} {why['unit']} = {why['formula']}")
+        for item in why["inputs"]:
+            value = item["value"]
+            shown = f"{value:,.6g}" if isinstance(value, int | float) else str(value)
+            say(f"  {item['name']} = {shown}: {item['source']}")
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "" if value is None else f"{value:,.{digits}f}"

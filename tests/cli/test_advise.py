@@ -1,0 +1,75 @@
+"""`plait advise`: what it prints, and how mistakes read."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from plait.cli.main import _VERBS, run
+from plait.cost.architecture import Architecture, build_graph
+
+GRAPH = build_graph(
+    Architecture(
+        name="gpt", layers=4, hidden=512, ffn_hidden=2048, heads=8, kv_heads=8, head_dim=64, vocab=4096, seq_len=256
+    )
+)
+
+
+@pytest.fixture(autouse=True)
+def captured(monkeypatch, tmp_path):
+    """A target's graph without torch; no probe of this computer; the verb is there."""
+    monkeypatch.setattr("plait.capture.graphs.graph_of", lambda target: (GRAPH, 16))
+    monkeypatch.setattr("plait.cli.main._VERBS", tuple(dict.fromkeys((*_VERBS, "advise"))))
+    monkeypatch.setenv("PLAIT_CACHE", str(tmp_path / "cache"))
+
+
+ONE = ("advise", "t.py:job", "--tokens", "10B", "--only", "H100-SXM", "--clouds", "aws,gcp")
+
+
+def test_json_has_what_scripts_need(capsys):
+    """One object: the ranked answers, the front, the advice in words, and the figure that was asked about."""
+    assert run([*ONE, "--json", "--explain", "usd"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    best = found["answers"][0]
+
+    assert set(best) >= {
+        "accelerator", "count", "hours", "usd", "usd_spot", "energy_kwh", "mfu", "headroom_gib", "spec", "compatibility",
+    }  # fmt: skip
+    assert set(best["on_demand"]) >= {"cloud", "instance_type", "region", "as_of", "source", "age_days"}
+    assert (best["count"], best["hours"]) in [(a["count"], a["hours"]) for a in found["pareto"]]
+    assert best["usd"] == pytest.approx(best["hours"] * best["on_demand"]["usd_per_hour"])
+    assert found["explained"]["formula"] == "hours x usd_per_hour"
+    assert found["advice"].startswith("Take ")
+
+
+def test_text_says_what_to_take(capsys):
+    """The table, then the paragraph, then notes."""
+    assert run([*ONE, "--explain", "memory"]) == 0
+    out = capsys.readouterr().out
+
+    assert "Take " in out
+    assert "NVIDIA H100 SXM5" in out
+    assert "as given by --tokens" in out
+    assert "optimizer" in out
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["t.py:job", "--tokens", "lots"], "--tokens 'lots' is not a number"),
+        (["t.py:job", "--task", "serve"], "serve is not built yet"),
+        (["t.py:job", "--clouds", "gpc"], "nearest: gcp"),
+        (["t.py:job", "--budget", "free"], "--budget 'free' is not a number"),
+        (["t.py:job", "--explain", "dollars", *ONE[2:]], "not a figure of the answer"),
+        (["MXNet"], "its successor is PyTorch"),
+    ],
+)
+def test_mistakes_are_refused(capsys, options, says):
+    """With status 2, the reason and the way out."""
+    assert run(["advise", *options]) == 2
+    error = capsys.readouterr().err
+
+    assert says in error
+    assert "hint:" in error
+    assert "Traceback" not in error
