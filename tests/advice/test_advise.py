@@ -163,8 +163,27 @@ def test_budget_and_deadline_that_clash_name_both_ways_out():
     with pytest.raises(RequestError, match="clash: each can be met, not both") as caught:
         ask(offer(), budget=slow.on_demand.usd * 1.01, deadline=fast.hours * 1.01)
 
-    assert "cheapest in time" in caught.value.hint
+    assert "cheapest within" in caught.value.hint
     assert "fastest within the budget" in caught.value.hint
+
+
+def test_a_model_that_no_instance_holds_says_so():
+    """Where instances are not joined, the refusal names that, not a plan."""
+    large = build_graph(Architecture(name="large", layers=32, hidden=4096, ffn_hidden=14336, heads=32, kv_heads=8,
+                                     head_dim=128, vocab=32000, seq_len=2048))  # fmt: skip
+    alone = offer("NVIDIA H100 NVL", cloud="azure", name="Standard_NCC40ads_H100_v5", count=1, usd=7.0)
+    with pytest.raises(RequestError, match="not known to be joined") as caught:
+        advise(large, Needs(require=("confidential",)), offers=(alone,), today=TODAY)
+
+    assert "--require" in caught.value.hint
+
+
+def test_what_takes_longer_than_the_usual_horizon_is_still_answered():
+    """Without a deadline the answer is the best there is, with a note."""
+    found = ask(offer("NVIDIA L4", 1.0, name="g2", count=1), tokens=3e12)
+
+    assert found.answers[0].hours > 90 * 24
+    assert any("90 days" in note for note in found.notes)
 
 
 def test_unknown_is_never_yes():

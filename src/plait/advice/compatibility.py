@@ -88,6 +88,8 @@ def compatibility(part: Accelerator, counted: Counted, precision: Precision, why
         )
     if device.torch_device == "xla":
         reasons.append("plait estimates it, but plait's own runtime has not been run on XLA devices")
+    if part.status == "retired":
+        reasons.append(f"no longer sold new{f'; its successor is {part.successor}' if part.successor else ''}")
     if not device.verified:
         reasons.append(f"its figures are not verified ({device.source})")
     return Compatibility(

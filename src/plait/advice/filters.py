@@ -53,6 +53,7 @@ def remaining(offers: Sequence[Offer], needs: Needs, counted: Counted) -> Filter
     wanted, unwanted = needs.wanted(), needs.unwanted()
     checks: dict[str, Check] = {
         "part": lambda o: unable[o.accelerator],
+        "offer": lambda o: "Inference Endpoints serve models, they do not train" if _is_endpoint(o) else "",
         "slice": lambda o: "" if o.count >= 1 else "a slice of an accelerator cannot be joined to others",
     }
     if needs.clouds:
@@ -91,6 +92,10 @@ def parts_unpriced(needs: Needs, offers: Sequence[Offer]) -> tuple[str, ...]:
     priced = {o.accelerator for o in offers if (o.spot_usd_per_hour if needs.spot else o.usd_per_hour)}
     names = needs.wanted() - needs.unwanted() - priced
     return tuple(n for n, part in load_accelerators().items() if n in names and part.device.trains)
+
+
+def _is_endpoint(offer: Offer) -> bool:
+    return offer.cloud == "huggingface" and offer.instance_type.startswith("endpoints-")
 
 
 def _unable(name: str, counted: Counted) -> str:

@@ -16,8 +16,8 @@ __all__ = ["LARGEST", "Shape", "shapes_of"]
 
 LARGEST = 16384
 """Accelerators: as many as the largest published training runs took (Llama 3, arXiv 2407.21783)."""
-# Hosts of many owners, without a network between them.
-_APART = ("vast",)
+# Hosts of many owners, brokers of them, and a service of single machines: no network between them is stated.
+_APART = ("vast", "shadeform", "primeintellect", "huggingface")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -67,7 +67,8 @@ def shapes_of(
     `least` are the devices of each part that hold weights and optimizer, `hours_alone` one device's hours at best.
 
     Several instances are joined only where they hold four accelerators or more and are the largest that this cloud has
-    of the part (among `everything` it sells): smaller ones seldom have the network that the catalogue states for whole nodes; a marketplace's hosts are never joined. No more accelerators than `batch` samples can feed:
+    of the part (among `everything` it sells): smaller ones seldom have the network that the catalogue states for whole nodes; what a marketplace or broker sells is never
+    joined. No more accelerators than `batch` samples can feed:
     eight a sample.
     """
     largest: dict[tuple[str, str], float] = defaultdict(float)

@@ -41,6 +41,8 @@ def paragraph(advice: Advice) -> str:
         if first.headroom_gib is not None:
             why += f" with {first.headroom_gib:.1f} GiB to spare on the fullest device"
         said.append(why[0].upper() + why[1:])
+        if first.count != first.estimate.plan.devices:
+            said.append(f"Its plan uses {first.estimate.plan.devices} of the {first.count}")
         if not spot and first.spot is not None and first.spot.usd < price.usd:
             said.append(
                 f"On spot machines it would be ${first.spot.usd:,.2f} and {length(first.spot.hours)}, "
@@ -77,6 +79,11 @@ def warnings(advice: Advice) -> list[str]:
             f"{len(advice.unpriced)} parts that train have no price here, so they could not be ranked: "
             + ", ".join(advice.unpriced[:6])
             + (", ..." if len(advice.unpriced) > 6 else "")
+        )
+    if any(a.instances > 1 for a in advice.answers):
+        lines.append(
+            "several instances are taken to be joined by the network that the catalogue states for their part: "
+            "ask whether the cloud sells them so"
         )
     if advice.unsearched:
         lines.append(f"{advice.unsearched} shapes could still matter when the time for searching was over")

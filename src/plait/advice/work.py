@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from plait.advice.needs import Needs
@@ -12,8 +13,15 @@ from plait.units import format_count
 __all__ = ["Work", "work_of"]
 
 _CHINCHILLA = 20  # tokens a parameter: Hoffmann et al. (2022), arXiv 2203.15556, table 3
-# Tokens of a batch up to so many parameters: Brown et al. (2020), arXiv 2005.14165, table 2.1.
-_BATCHES = ((0.8e9, 0.5e6), (4e9, 1e6), (14e9, 2e6), (float("inf"), 3.2e6))
+# (parameters up to, tokens of a batch, who did so): Brown et al. (2020), arXiv 2005.14165, table 2.1; Touvron et al.
+# (2023), arXiv 2307.09288, section 2.2; Llama team (2024), arXiv 2407.21783, section 3.4.1.
+_BATCHES = (
+    (0.8e9, 0.5e6, "GPT-3's smaller models"),
+    (4e9, 1e6, "GPT-3's smaller models"),
+    (14e9, 2e6, "GPT-3's smaller models"),
+    (100e9, 4e6, "Llama 2"),
+    (math.inf, 16e6, "Llama 3 405B"),
+)
 _IMAGENET = 1_281_167 * 90  # samples: 90 passes over ImageNet-1k, a usual recipe of image classifiers
 _ALPACA = 52_002 * 3  # samples: 3 passes over Alpaca's 52,002 instructions (Taori et al. 2023)
 
@@ -53,11 +61,11 @@ def work_of(graph: Graph, needs: Needs, own_batch: int) -> Work:
     elif needs.task == "finetune":
         batch, batch_why = 128, "default: 128 samples, as Alpaca"
     elif has_sequence:
-        wanted = next(size for limit, size in _BATCHES if graph.numel <= limit)
+        wanted, who = next((size, who) for limit, size, who in _BATCHES if graph.numel <= limit)
         batch = max(1, 1 << round(wanted / graph.tokens_per_sample).bit_length() - 1)
         batch_why = (
-            f"default: {format_count(batch * graph.tokens_per_sample)} tokens, a power of two of samples below the "
-            f"{format_count(wanted)} that GPT-3 took at this size (arXiv 2005.14165, table 2.1)"
+            f"default: {format_count(batch * graph.tokens_per_sample)} tokens, a power of two of samples at most "
+            f"{format_count(wanted)} as {who} took"
         )
     else:
         batch, batch_why = max(256, own_batch), "default: 256 samples, or the job's own batch where that is larger"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Mapping
 from typing import Annotated, Any
@@ -147,7 +148,7 @@ def _text(result: Mapping[str, Any]) -> None:
     say("* no other answer is at once faster and cheaper\n")
     say(result["advice"])
     told = result["answers"][0]["compatibility"]
-    for reason in told["reasons"] if told else ():
+    for reason in (*(told["reasons"] if told else ()), *result["answers"][0]["not_executable"]):
         say(f"  {reason}")
     for line in result["warnings"]:
         say(f"  note: {line}")
@@ -163,4 +164,6 @@ def _text(result: Mapping[str, Any]) -> None:
 
 
 def _number(value: float | None, digits: int) -> str:
-    return "" if value is None else f"{value:,.{digits}f}"
+    if value is None:
+        return ""
+    return f"{value:,.{digits}f}" if math.isfinite(value) else "never done"
