@@ -29,6 +29,14 @@ if TYPE_CHECKING:
 __all__ = ["Capture", "cut", "prepare", "unit_groups"]
 
 
+BLOCK_SHARE = 0.25
+"""Of the model's parameters, the most that a unit of several segments may hold."""
+
+
+SMALL_SHARE = 0.02
+"""Segments with less of the parameters than this (a norm, a small table) join their neighbour."""
+
+
 @dataclass
 class Capture:
     """A program cut for this process under the plan."""
@@ -98,19 +106,41 @@ def _sum_apart(node: fx.Node) -> None:
 
 
 def unit_groups(graph: Graph, bounds: tuple[int, int], plan: Plan) -> list[tuple[int, int]]:
-    """A stage's segments as units: one in all, or one a segment where FSDP or recomputation works by segment."""
+    """A stage's segments as units: one in all, or one a block where FSDP or recomputation works block by block.
+
+    A block is a run of segments of one and the same user module (the halves of a layer) and what is small beside it, as
+    long as it holds at most BLOCK_SHARE of the parameters: every unit costs messages of its own.
+    """
     first, end = bounds
     choices = [plan.recompute_of(i) for i in range(first, end)]
     if plan.fsdp == 1 and set(choices) == {"none"}:
         return [bounds]
     groups: list[tuple[int, int]] = []
+    sizes = {spec.name: spec.nbytes for spec in graph.parameters}
+    limit = BLOCK_SHARE * sum(sizes.values())
     for i in range(first, end):
-        bare = not graph.segments[i].parameters
-        if groups and bare and plan.recompute_of(i) == plan.recompute_of(groups[-1][0]):
+        if (
+            groups
+            and plan.recompute_of(i) == plan.recompute_of(groups[-1][0])
+            and _belongs(graph, groups[-1], i, sizes, limit)
+        ):
             groups[-1] = (groups[-1][0], i + 1)
         else:
             groups.append((i, i + 1))
     return groups
+
+
+def _belongs(graph: Graph, group: tuple[int, int], i: int, sizes: dict[str, int], limit: float) -> bool:
+    """Whether segment i joins the unit before it."""
+    segment = graph.segments[i]
+    if not segment.parameters:
+        return True
+    before = {name for j in range(*group) for name in graph.segments[j].parameters}
+    here = set(segment.parameters)
+    if sum(sizes[name] for name in before | here) > limit:
+        return False
+    small = min(sum(sizes[name] for name in part) for part in (before, here)) < SMALL_SHARE * sum(sizes.values())
+    return small or segment.name == graph.segments[i - 1].name
 
 
 def _check_borders(edges: list[list[Border]]) -> None:
