@@ -107,6 +107,12 @@ def test_interruptions_cost_half_an_interval_and_a_restart():
     assert best.spot.usd == pytest.approx(best.spot.hours * 8.0 * best.instances)
 
 
+def test_machines_that_are_taken_away_too_often_are_no_answer():
+    """Where no work is done between two interruptions, that is said."""
+    with pytest.raises(RequestError, match="come faster than the work"):
+        ask(offer(spot=8.0), spot=True, interruptions_per_day=1000.0)
+
+
 def test_no_price_is_not_free():
     """Offers without the price that is ranked by, and parts without any offer, are listed as such."""
     found = ask(offer(), offer("NVIDIA A100 SXM4 80GB", None, name="auction", spot=1.0))
@@ -135,8 +141,12 @@ def test_this_computer_is_the_answer_to_a_small_model():
     [
         ({"budget": 0.01}, "no offer meets --budget"),
         ({"deadline": 1e-6}, "no offer meets --deadline"),
-        ({"require": ("region=eu",)}, "--require region=eu clashes"),
+        ({"require": ("region=eu",)}, "no offer meets --require region=eu"),
         ({"require": ("confidential", "region=eu")}, "--require confidential and --require region=eu clash"),
+        ({"require": ("region=eu",), "clouds": ("AWS",)}, "--require region=eu clashes with --clouds"),
+        ({"spot": True}, "no offer meets --spot"),
+        ({"only": ("Inferentia2",)}, "cannot train"),
+        ({"only": ("Gaudi3",)}, "Intel Gaudi3 has no on-demand price here"),
         ({"clouds": ("awss",)}, "'awss' is not a cloud"),
         ({"only": ("H1000",)}, "'H1000' is not in the catalogue"),
         ({"only": ("H100-SXM",), "avoid": ("Hopper",)}, "--only H100-SXM and --avoid Hopper clash"),

@@ -11,6 +11,7 @@ rounding; 1.35 where memory made it recompute, which more devices may end).
 from __future__ import annotations
 
 import datetime
+import math
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -21,6 +22,7 @@ from plait.advice.answer import Answer, answer_of, local_answer
 from plait.advice.bound import Counted, Precision, count_work, least_devices, seconds_per_sample
 from plait.advice.compatibility import compatibility, training_precision
 from plait.advice.filters import Exclusion, parts_unpriced, remaining
+from plait.advice.interruptions import expected_hours
 from plait.advice.needs import Needs
 from plait.advice.shapes import Shape, shapes_of
 from plait.advice.work import Work, work_of
@@ -74,6 +76,8 @@ class _Candidate:
     """Not beaten by any plan."""
     usd: float
     """Not beaten by any plan; of the kind of price that is ranked by."""
+    delay: float
+    """By which interruptions lengthen `hours`, where spot prices are ranked by; else 1."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +172,7 @@ class _Hunt:
             if shape.count <= c.shape.count and shape.per_instance >= c.shape.per_instance:
                 plan = answer.estimate.plan
                 gain = 1.02 if plan.recompute == "none" and not plan.recompute_segments else 1.35
-                hours = max(hours, answer.hours * shape.count / c.shape.count / gain)
+                hours = max(hours, answer.hours * shape.count / c.shape.count / gain * c.delay)
         return c if hours == c.hours else replace(c, hours=hours, usd=c.usd * hours / c.hours)
 
     def key(self, answer: Answer) -> tuple[float, float]:
@@ -228,7 +232,7 @@ class _Hunt:
             self.failed.append((f"{c.shape.count}x{c.shape.part.name}", problem.message.splitlines()[0]))
             return
         answer = answer_of(c.shape, best, self.graph, self.work, self.needs, told, self.today)
-        self.slower[answer.accelerator] = max(1.0, answer.hours / c.hours)
+        self.slower[answer.accelerator] = max(1.0, answer.hours * c.delay / c.hours)
         self.found.append(answer)
         self.known.setdefault(answer.accelerator, []).append((c.shape, answer))
 
@@ -315,13 +319,24 @@ def _candidates(
         least[name] = least_devices(counted, part.device, precision, calibration)
         each[name] = precision, why, seconds_per_sample(counted, part.device, precision, calibration)
     found = []
+    enough = min(1.0, needs.deadline or 1.0)
     alone = {name: samples * seconds / 3600 for name, (_, _, seconds) in each.items()}
-    for shape in shapes_of(offers, least, alone, work.batch, everything):
+    for shape in shapes_of(offers, least, alone, work.batch, everything, enough):
         precision, why, seconds = each[shape.part.name]
-        hours = samples * seconds / shape.count / 3600
         hourly = shape.hourly(spot=needs.spot)
-        if hourly is not None:
-            found.append(_Candidate(shape, precision, why, hours, hours * hourly[0]))
+        if hourly is None:
+            continue
+        delay = 1.0
+        if needs.spot:
+            delay = expected_hours(
+                1.0,
+                instances=shape.instances,
+                per_day=needs.interruptions_per_day,
+                checkpoint_minutes=needs.checkpoint_minutes,
+                restart_minutes=needs.restart_minutes,
+            )
+        hours = samples * seconds / shape.count / 3600 * delay
+        found.append(_Candidate(shape, precision, why, hours, hours * hourly[0], delay))
     return found
 
 
@@ -332,7 +347,7 @@ def _here(
     if needs.only or needs.clouds or needs.require:
         return None
     if local is None:
-        # 1e15: a day of an ordinary CPU's 12 GFLOP/s at the least; only decides whether the note is shown.
+        # A day at 1 TFLOP/s, which few CPUs exceed: only decides whether the note is shown.
         if counted.flops * work.tokens / graph.tokens_per_sample < 24 * 3600 * 1e12:
             notes.append(
                 "a model this small may not need an accelerator: run `plait hardware probe` once, and this computer is compared"
@@ -342,14 +357,19 @@ def _here(
     try:
         device = local.groups[0].device
         least = seconds_per_sample(counted, device, "fp32", load_calibration()) / local.devices
-        if least * work.tokens / graph.tokens_per_sample / 3600 > limit:
+        hours = least * work.tokens / graph.tokens_per_sample / 3600
+        if hours > limit:
+            notes.append(f"this computer's CPU would need more than {hours:,.0f} hours")
             return None
         found = search(graph, local, batch=work.batch, top=1, space=_space(graph, local.devices)).estimate
     except (HardwareError, PlanError) as problem:
         notes.append(f"this computer: {problem.message.splitlines()[0]}")
         return None
     answer = local_answer(found, graph, work)
-    return answer if answer.hours <= limit else None
+    if answer.hours > limit:
+        notes.append(f"this computer's CPU would need about {answer.hours:,.0f} hours")
+        return None
+    return answer
 
 
 def _longer(hunt: _Hunt, candidates: Sequence[_Candidate], notes: list[str]) -> list[Answer]:
@@ -365,13 +385,19 @@ def _longer(hunt: _Hunt, candidates: Sequence[_Candidate], notes: list[str]) -> 
             hint="drop one of --require, --clouds, --only, or take a smaller model",
         )
     needs = hunt.needs
+    if all(math.isinf(c.hours) for c in candidates):
+        raise RequestError(
+            f"no spot offer finishes: {needs.interruptions_per_day:g} interruptions a day of each instance come faster "
+            "than the work between them",
+            hint="leave out --spot, or lower --checkpoint-minutes or --interruptions-per-day",
+        )
     if needs.budget is None and needs.deadline is None:
         hunt.needs = replace(needs, deadline=1e9)
         hunt.until = time.perf_counter() + hunt.longer
         hunt.run(candidates)
-        if hunt.found:
+        if answers := hunt.good():
             notes.append(f"nothing that was searched finishes within {HORIZON / 24:.0f} days; the answers take longer")
-            return hunt.good()
+            return answers
         why = "; ".join(f"{name}: {reason}" for name, reason in hunt.failed[:3])
         raise RequestError(
             f"no offer can hold and train {hunt.graph.name}: {why}",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import itertools
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from plait.advice.bound import Counted
@@ -57,7 +57,8 @@ def remaining(offers: Sequence[Offer], needs: Needs, counted: Counted) -> Filter
         "slice": lambda o: "" if o.count >= 1 else "a slice of an accelerator cannot be joined to others",
     }
     if needs.clouds:
-        checks["--clouds"] = lambda o: "" if o.cloud in needs.clouds else "not one of the clouds asked for"
+        clouds = {cloud.lower() for cloud in needs.clouds}
+        checks["--clouds"] = lambda o: "" if o.cloud in clouds else "not one of the clouds asked for"
     if needs.only:
         checks["--only"] = lambda o: "" if o.accelerator in wanted else "not one of the parts asked for"
     if needs.avoid:
@@ -65,7 +66,7 @@ def remaining(offers: Sequence[Offer], needs: Needs, counted: Counted) -> Filter
     for need in needs.require:
         checks[f"--require {need}"] = _required(need)
     wholly = "the spot price" if needs.spot else "the on-demand price"
-    checks["unpriced"] = lambda o: (
+    checks["--spot" if needs.spot else "unpriced"] = lambda o: (
         "" if (o.spot_usd_per_hour if needs.spot else o.usd_per_hour) else f"{wholly} is not known"
     )
     kept: list[Offer] = []
@@ -83,7 +84,7 @@ def remaining(offers: Sequence[Offer], needs: Needs, counted: Counted) -> Filter
         for (need, reason), count in counts.most_common()
     )
     if not kept:
-        raise _clash(offers, checks, parts_unpriced(needs, offers))
+        raise _clash(offers, checks, _of_parts(needs, offers, unable))
     return Filtered(tuple(kept), excluded)
 
 
@@ -117,7 +118,7 @@ def _required(need: str) -> Check:
 def _check_clouds(offers: Sequence[Offer], needs: Needs) -> None:
     known = sorted({offer.cloud for offer in offers})
     for cloud in needs.clouds:
-        if cloud not in known:
+        if cloud.lower() not in known:
             refuse_retired(cloud)
             near = difflib.get_close_matches(cloud.lower(), known, n=3, cutoff=0.4)
             raise RequestError(
@@ -126,27 +127,48 @@ def _check_clouds(offers: Sequence[Offer], needs: Needs) -> None:
             )
 
 
-def _clash(offers: Sequence[Offer], checks: dict[str, Check], unpriced: Sequence[str]) -> RequestError:
+def _of_parts(needs: Needs, offers: Sequence[Offer], unable: Mapping[str, str]) -> str:
+    """What keeps the parts asked for from being answers, in words; '' where nothing was asked for or they could be."""
+    if not needs.only:
+        return ""
+    unpriced = set(parts_unpriced(needs, offers))
+    reasons = []
+    for name in sorted(needs.wanted() - needs.unwanted()):
+        precision, why = training_precision(load_accelerators()[name])
+        if precision is None:
+            reasons.append(why)
+        elif unable.get(name):
+            reasons.append(unable[name])
+        elif name in unpriced:
+            reasons.append(f"{name} has no {'spot' if needs.spot else 'on-demand'} price here")
+    return "; ".join(reasons[:3])
+
+
+def _clash(offers: Sequence[Offer], checks: Mapping[str, Check], parts: str) -> RequestError:
     """The error when nothing is left: the smallest set of needs without which something is."""
     stated = [need for need in checks if need.startswith("--")]
     for size in (1, 2, 3):
-        hints = []
+        hints: dict[tuple[str, ...], str] = {}
         for dropped in itertools.combinations(stated, size):
             left = [o for o in offers if not any(check(o) for need, check in checks.items() if need not in dropped)]
             if left:
                 names = sorted({o.accelerator for o in left})
                 shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-                hints.append((f"without {' and '.join(dropped)}: {len(left)} offers ({shown})", dropped))
-        if hints:
-            both = " and ".join(dict.fromkeys(need for _, dropped in hints for need in dropped))
-            others = [need for need in stated if need not in both]
-            return RequestError(
-                f"no offer meets all needs: {both} clash{'es' if len(hints) == 1 and size == 1 else ''}"
-                + (f" with {' and '.join(others)}" if len(hints) == 1 and others else ""),
-                hint="; ".join(text for text, _ in hints[:4]),
-            )
-    named = f" ({', '.join(unpriced[:4])} have no priced offer)" if unpriced else ""
+                hints[dropped] = f"without {' and '.join(dropped)}: {len(left)} offers ({shown})"
+        if not hints:
+            continue
+        named = list(dict.fromkeys(need for dropped in hints for need in dropped))
+        others = [need for need in stated if need not in named]
+        if len(stated) == 1:
+            message = f"no offer meets {named[0]}"
+        elif len(named) == 1:
+            message = f"no offer meets all needs: {named[0]} clashes with {' and '.join(others)}"
+        else:
+            message = f"no offer meets all needs: {' and '.join(named)} clash"
+        if parts and "--only" in named:
+            message += f": {parts}"
+        return RequestError(message, hint="; ".join(list(hints.values())[:4]))
     return RequestError(
-        f"no offer that can train this model has a price{named}",
+        "no offer that can train this model has a price" + (f": {parts}" if parts else ""),
         hint="`plait hardware list` prints the parts and their offers; drop --spot, --only or --require",
     )

@@ -61,8 +61,9 @@ def shapes_of(
     hours_alone: Mapping[str, float],
     batch: int,
     everything: Sequence[Offer] = (),
+    enough: float = 1.0,
 ) -> Iterator[Shape]:
-    """Every shape from the smallest count that can hold the model, doubling until an hour is enough.
+    """Every shape from the smallest count that can hold the model, doubling until the bound is below `enough` hours.
 
     `least` are the devices of each part that hold weights and optimizer, `hours_alone` one device's hours at best.
 
@@ -87,7 +88,7 @@ def shapes_of(
         count = per << math.ceil(math.log2(need / per))
         while count <= min(LARGEST, 8 * batch):
             sellers[offer.accelerator, count, per].append(offer)
-            if alone or hours_alone[offer.accelerator] / count < 1:
+            if alone or hours_alone[offer.accelerator] / count < enough:
                 break
             count *= 2
     parts = load_accelerators()

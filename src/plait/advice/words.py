@@ -74,6 +74,10 @@ def warnings(advice: Advice) -> list[str]:
     stale = [p for a in advice.answers if (p := a.price(spot=advice.needs.spot)) is not None and p.warning]
     if stale:
         lines.append(f"{len(stale)} of {len(advice.answers)} prices are older than 90 days or have no date")
+    if advice.answers[0].hours < 1 and advice.answers[0].on_demand is not None:
+        lines.append(
+            "starting a machine takes minutes, and clouds bill a minute to an hour at least: so short a run costs more"
+        )
     if advice.unpriced:
         lines.append(
             f"{len(advice.unpriced)} parts that train have no price here, so they could not be ranked: "
