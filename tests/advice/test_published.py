@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pytest
 
-from plait.advice.advise import _space
+from plait.advice.hunt import few_plans
 from plait.cost.architecture import Architecture, build_graph
 from plait.hardware.clusters import named_cluster
 from plait.plan.search import search
@@ -47,7 +47,7 @@ RUNS = [
 def test_hours_of_a_public_run_are_within_a_quarter(model, cluster, batch, tokens, published):
     """Accelerators x tokens / (tokens per second) / 3600, as the answer's hours are."""
     graph, where = build_graph(model), named_cluster(cluster)
-    found = search(graph, where, batch=batch, precision="bf16", top=1, space=_space(graph, where.devices)).estimate
+    found = search(graph, where, batch=batch, precision="bf16", top=1, space=few_plans(graph, where.devices)).estimate
     hours = where.devices * tokens / found.tokens_per_s / 3600
 
     assert hours == pytest.approx(published, rel=0.25)
