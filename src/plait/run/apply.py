@@ -176,7 +176,8 @@ def _uses(stages: dict[int, StageModule], parameters: dict[str, Held]) -> dict[n
     """In how many of this process's stages each parameter is: virtual stages may share a tied one."""
     found: dict[nn.Parameter, int] = {}
     for stage in stages.values():
-        names = {name for unit in stage.units for _, kind, name in unit.slots if kind == "parameter"}
+        units: list[Any] = list(stage.units)
+        names = {name for unit in units for _, kind, name in unit.slots if kind == "parameter"}
         for name in names:
             tensor = parameters[name].tensor
             assert isinstance(tensor, nn.Parameter)
