@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sysconfig
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -260,7 +261,9 @@ def run_case(target: str, plan: str, batch: int, steps: int) -> dict[str, Any]:
             "cause": "" if verdict.ok else f"{verdict.worst[:2]} {verdict.notes}",
         }
     except RequestError as problem:
-        result = {"result": "refused", "cause": str(problem)}
+        # Results are kept: without this machine's paths.
+        cause = str(problem).replace(f"{sysconfig.get_path('purelib')}/", "").replace(f"{Path.cwd()}/", "")
+        result = {"result": "refused", "cause": cause}
     except Exception as problem:
         import traceback
 
