@@ -13,7 +13,7 @@ from plait.errors import HardwareError
 from plait.hardware.catalogue import Accelerator, find
 from plait.hardware.offers import cheapest
 from plait.hardware.tables import DATA, number, rows
-from plait.schema.cluster import Cluster, Device, Group, Link
+from plait.schema.cluster import Cluster, Group, Link
 from plait.units import GB
 
 __all__ = ["load_cluster", "named_cluster", "network_of"]
@@ -355,8 +355,3 @@ def _long_form(data: dict[str, Any]) -> dict[str, Any]:
                     link[long] = value * scale
         links.append(link)
     return {**data, "groups": groups, "links": links}
-
-
-def device_named(name: str) -> Device:
-    """The catalogue's device called `name` or an alias of it."""
-    return find(name).device

@@ -22,7 +22,6 @@ from typing import Any
 
 from plait.errors import HardwareError
 from plait.schema.records import Record
-from plait.units import GIB
 
 __all__ = ["Measured", "Probe", "cache_path", "load_probe", "probe_machine", "save_probe"]
 
@@ -295,8 +294,3 @@ def _collectives(count: int) -> list[Measured]:
         kind, size = key.split("/")
         found.append(_figure(f"{kind}/ranks={count}/{size}", seconds, "s", 0.0))
     return found
-
-
-def in_gib(probe: Probe) -> float:
-    """The computer's memory in GiB."""
-    return probe.memory_bytes / GIB

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from plait.cost.memory import saved_bytes
-from plait.cost.partition import stage_bounds
 from plait.cost.step import Model, place
 from plait.schema.plan import Plan
 
@@ -117,8 +116,3 @@ def mixed_recompute(model: Model, plan: Plan, limits: Sequence[float]) -> Plan |
     found = replace(plan, recompute_segments={str(i): choice for i, choice in sorted(chosen.items())})
     fits = all(p.total <= limit for p, limit in zip(place(model, found).memory, limits, strict=True))
     return found if fits else None
-
-
-def rank_bounds(plan: Plan, segments: int) -> list[tuple[int, int]]:
-    """(first, last + 1) segment of each stage of a plan that states its cuts."""
-    return stage_bounds(plan.cuts, segments)

@@ -198,7 +198,6 @@ class _Filler:
         self._world = world
         self.tensors: dict[str, torch.Tensor] = {}
         self.layouts: dict[str, Layout] = {}
-        self._named_buffers = set(dict(built.module.named_buffers(remove_duplicate=False)))
 
     def fill(self, stage: StageModule) -> None:
         """Fill a stage, apply recomputation and FSDP to its units."""

@@ -267,7 +267,7 @@ def _verdict(
     ok = not missing and not other_start and all(_within(e, tolerance) for e in (loss_diff, grad_err, param_err))
     return Verdict(
         ok=ok,
-        plan=replace(plan).spec(),
+        plan=plan.spec(),
         devices=plan.devices,
         steps=len(losses),
         batch=samples,
