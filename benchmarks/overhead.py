@@ -208,10 +208,10 @@ HAND = {"single": hand_single, "dp": hand_dp, "fsdp": hand_fsdp, "pp": hand_pp, 
 
 
 def _join() -> None:
-    from plait.run.world import _rendezvous
+    from plait.run.world import rendezvous
 
     if int(os.environ["WORLD_SIZE"]) > 1 and not dist.is_initialized():
-        dist.init_process_group("gloo", **_rendezvous())
+        dist.init_process_group("gloo", **rendezvous())
 
 
 def race(way: str, pairs: int, steps: int) -> list[tuple[float, float, float, float]]:

@@ -83,7 +83,7 @@ def join(plan: Plan) -> World:
             )
         backend = dist.get_default_backend_for_device(device.type)
         try:
-            dist.init_process_group(backend, timeout=TIMEOUT, **_rendezvous())
+            dist.init_process_group(backend, timeout=TIMEOUT, **rendezvous())
         except (dist.DistNetworkError, dist.DistStoreError) as problem:
             raise _cannot_meet(problem) from None
     size = dist.get_world_size()
@@ -102,7 +102,7 @@ def _cannot_meet(problem: Exception) -> WorkerError:
     )
 
 
-def _rendezvous() -> dict[str, Any]:
+def rendezvous() -> dict[str, Any]:
     """plait's own processes meet in a file, which needs no free port; torchrun's by its environment."""
     path = os.environ.get("PLAIT_STORE")
     if path is None:
