@@ -28,7 +28,9 @@ from scipy.optimize import least_squares
 from plait.cost.architecture import build_graph
 from plait.cost.calibration import DATA, Calibration, load_calibration
 from plait.cost.case import SkipRow, case_of
-from plait.cost.step import Cache, default_cuts, estimate
+from plait.cost.model import Cache
+from plait.cost.partition import default_cuts
+from plait.cost.step import estimate
 from plait.cost.table import read_table
 from plait.cost.validate import _measured, predict_case, validate
 from plait.errors import PlaitError

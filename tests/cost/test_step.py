@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from plait.cost.architecture import Architecture, build_graph
-from plait.cost.step import default_cuts, estimate
+from plait.cost.partition import default_cuts
+from plait.cost.step import estimate
 from plait.errors import HardwareError, PlanError
 from plait.hardware.clusters import named_cluster
 from plait.schema import Cluster, Device, Group, Link, Plan

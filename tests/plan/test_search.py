@@ -6,7 +6,8 @@ import random
 import pytest
 
 from plait.cost.architecture import Architecture, build_graph
-from plait.cost.step import Cache, estimate
+from plait.cost.model import Cache
+from plait.cost.step import estimate
 from plait.errors import HardwareError, PlanError
 from plait.hardware.clusters import named_cluster
 from plait.plan.search import search

@@ -9,7 +9,8 @@ from typing import Literal
 from plait.cost.calibration import Calibration
 from plait.cost.compute import rates
 from plait.cost.memory import state_bytes
-from plait.cost.step import USABLE, default_software
+from plait.cost.placement import USABLE
+from plait.cost.step import default_software
 from plait.schema.cluster import Cluster, Device, Group
 from plait.schema.graph import Graph
 from plait.schema.plan import Plan

@@ -12,7 +12,8 @@ from typing import Any, Literal
 from plait.cost.architecture import build_graph
 from plait.cost.calibration import Calibration, load_calibration
 from plait.cost.case import Case, SkipRow, case_of
-from plait.cost.step import Cache, estimate
+from plait.cost.model import Cache
+from plait.cost.step import estimate
 from plait.cost.table import Row
 from plait.errors import PlaitError
 from plait.schema.estimate import Estimate

@@ -8,7 +8,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from plait.cost.memory import saved_bytes
-from plait.cost.step import Model, place
+from plait.cost.model import Model
+from plait.cost.placement import place
 from plait.schema.plan import Plan
 
 __all__ = ["all_cuts", "balanced", "mixed_recompute"]

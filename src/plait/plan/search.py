@@ -24,7 +24,9 @@ from typing import Any
 
 from plait.cost.bubble import least_seconds
 from plait.cost.calibration import Calibration, Software, load_calibration
-from plait.cost.step import USABLE, Cache, Model, default_software, finish, place, stage_times
+from plait.cost.model import Cache, Model
+from plait.cost.placement import USABLE, place
+from plait.cost.step import default_software, finish, stage_times
 from plait.errors import HardwareError, PlanError
 from plait.plan.cutting import all_cuts, balanced, mixed_recompute
 from plait.plan.space import Degrees, Space, degrees, facts_of, microbatch_sizes, unsupported
