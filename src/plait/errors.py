@@ -7,7 +7,8 @@ PlaitError                 status 1: the work failed
 │   ├── HardwareError      an unknown accelerator, a broken cluster, offer or catalogue file
 │   ├── CaptureError       a model that torch.export cannot capture
 │   ├── CheckpointError    a checkpoint that is broken or belongs to another model
-│   └── TableError         a table of measurements that cannot be read
+│   ├── TableError         a table of measurements that cannot be read
+│   └── ServeError         an unknown serving backend, a broken artefact, inputs outside what was exported
 ├── DivergedError          a loss or gradient that is not finite
 ├── ParityError            the plan does not compute what one device computes
 └── WorkerError            a process of the run died
@@ -24,6 +25,7 @@ __all__ = [
     "PlaitError",
     "PlanError",
     "RequestError",
+    "ServeError",
     "TableError",
     "TargetError",
     "WorkerError",
@@ -80,6 +82,10 @@ class CheckpointError(RequestError):
 
 class TableError(RequestError):
     """A table of measurements that cannot be read."""
+
+
+class ServeError(RequestError):
+    """An unknown serving backend, an artefact that is broken or hostile, or inputs outside what was exported."""
 
 
 class DivergedError(PlaitError):
