@@ -16,6 +16,7 @@ ROOT = Path(plait.__file__).parent
 # A folder or file may import from its own step and from earlier ones.
 STEPS = [
     {"errors", "units"},
+    {"environments"},
     {"schema"},
     {"capture", "hardware"},
     {"cost"},
