@@ -8,6 +8,7 @@ import time
 import pytest
 
 from plait.errors import PlanError, WorkerError
+from plait.hardware.placement import places_here
 from plait.run.processes import Workers
 
 pytestmark = pytest.mark.multi
@@ -57,3 +58,24 @@ def test_results_come_by_rank_and_errors_as_they_were(two: Workers) -> None:
         two.call(_die_on_one, timeout=60)
     with pytest.raises(WorkerError, match="no answer within the time limit"):
         two.call(time.sleep, 60, timeout=8)
+
+
+def _settled() -> tuple[int, list[int]]:
+    import torch
+
+    return torch.get_num_threads(), sorted(os.sched_getaffinity(0))
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system has no affinity")
+def test_processes_keep_to_their_own_cores(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    """Each has the threads and cores that were chosen, one says so, and the user's own number of threads wins."""
+    monkeypatch.setenv("PLAIT_DEVICE", "cpu")
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    allowed = sorted(os.sched_getaffinity(0))
+    chosen = places_here(2)
+    with Workers(2) as workers:
+        found = workers.call(_settled, timeout=60)
+
+    assert found == [(3, sorted(one.cpus) or allowed) for one in chosen]
+    assert capfd.readouterr().err.count("OMP_NUM_THREADS=3 is set and wins") == 1
+    assert os.environ["OMP_NUM_THREADS"] == "3"

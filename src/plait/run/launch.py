@@ -15,7 +15,7 @@ from typing import Any
 from plait.capture.target import check_target
 from plait.errors import PlanError
 from plait.plan.space import refuse_unsupported
-from plait.run.processes import spawn
+from plait.run.processes import settle_under_launcher, spawn
 from plait.schema import Estimate, Plan
 
 __all__ = ["run_train", "run_verify", "under_launcher"]
@@ -44,6 +44,7 @@ def bound_plan(plan: str, devices: int | None) -> Plan:
 def in_processes(function: Any, arguments: tuple[Any, ...], devices: int) -> Any:
     """The first process's result of `function(*arguments)`; None in the others of a launcher."""
     if under_launcher() is not None:
+        settle_under_launcher()
         result = function(*arguments)
         return result if os.environ["RANK"] == "0" else None
     return spawn(function, devices=devices, args=arguments)[0]

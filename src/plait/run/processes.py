@@ -21,8 +21,9 @@ from types import TracebackType
 from typing import Any, Self
 
 from plait.errors import PlaitError, WorkerError
+from plait.hardware.placement import Placement, place_here, places_here
 
-__all__ = ["Workers", "spawn"]
+__all__ = ["Workers", "settle_under_launcher", "spawn"]
 
 GRACE_SECONDS = 10.0
 """How long the others may take to end by themselves after one process failed."""
@@ -31,7 +32,8 @@ GRACE_SECONDS = 10.0
 def spawn(function: Callable[..., Any], *, devices: int, args: tuple[Any, ...] = (), threads: int = 0) -> list[Any]:
     """`function(*args)` in each of `devices` new processes that can form a process group; their results by rank.
 
-    The function must be importable (defined at the top of a module). `threads` a process; 0: cores / devices.
+    The function must be importable (defined at the top of a module). `threads` a process; 0: threads and cores as
+    `plait.hardware.placement` chooses them.
 
     Raises:
         WorkerError: a process died or raised; a PlaitError of theirs is raised as it was.
@@ -41,11 +43,18 @@ def spawn(function: Callable[..., Any], *, devices: int, args: tuple[Any, ...] =
 
 
 class Workers:
-    """`devices` processes that stay. Use as a context manager; processes start at the first call."""
+    """`devices` processes that stay. Use as a context manager; processes start at the first call.
+
+    `threads` a process, on any core; 0: threads and cores as `plait.hardware.placement` chooses them.
+    """
 
     def __init__(self, devices: int, *, threads: int = 0) -> None:
         self._devices = devices
-        self._threads = threads or max(1, (os.cpu_count() or 1) // devices)
+        self._placements = (
+            places_here(devices)
+            if threads == 0
+            else (Placement(threads=threads, cpus=(), places=(), memory=(), reason=""),) * devices
+        )
         self._processes: list[Any] = []
         self._pipes: list[multiprocessing.connection.Connection] = []
         self._folder = tempfile.TemporaryDirectory(prefix="plait-")
@@ -69,11 +78,11 @@ class Workers:
         context = multiprocessing.get_context("spawn")
         # Children read these before torch starts its thread pool.
         kept = {name: os.environ.get(name) for name in ("OMP_NUM_THREADS", "PYTHONUNBUFFERED")}
-        os.environ["OMP_NUM_THREADS"] = str(self._threads)
         try:
-            for rank in range(self._devices):
+            for rank, placement in enumerate(self._placements):
+                os.environ.update(placement.environment())
                 ours, theirs = context.Pipe()
-                process = context.Process(target=_serve, args=(rank, theirs, self._threads), daemon=True)
+                process = context.Process(target=_serve, args=(rank, theirs, placement), daemon=True)
                 process.start()
                 theirs.close()
                 self._processes.append(process)
@@ -172,17 +181,16 @@ def _first_cause(failures: dict[int, PlaitError]) -> PlaitError:
     return min(failures.items(), key=order)[1]
 
 
-def _serve(rank: int, pipe: multiprocessing.connection.Connection, threads: int) -> None:
+def _serve(rank: int, pipe: multiprocessing.connection.Connection, placement: Placement) -> None:
     """A worker's life: calls from the pipe until it says None or closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     parent = multiprocessing.parent_process()
     assert parent is not None
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
-    import torch
+    settle(placement, is_first=rank == 0)
     import torch.distributed as dist
 
-    torch.set_num_threads(threads)
     while True:
         try:
             call = pipe.recv()
@@ -210,6 +218,37 @@ def _serve(rank: int, pipe: multiprocessing.connection.Connection, threads: int)
         pipe.send(answer)
         if not answer[0]:
             return
+
+
+def settle(placement: Placement, *, is_first: bool = False) -> None:
+    """Keep this process to its threads and cores; the first one says so. Call it before anything starts threads.
+
+    A process that drives an accelerator is left on all cores: which of them are near it is not known here.
+    """
+    before = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
+    is_pinned = placement.pin()
+    import torch
+
+    torch.set_num_threads(placement.threads)
+    has_accelerator = os.environ.get("PLAIT_DEVICE") != "cpu" and torch.accelerator.is_available()
+    if is_pinned and has_accelerator:
+        os.sched_setaffinity(0, before)
+    elif is_first and placement.reason and not has_accelerator:
+        sys.stderr.write(placement.reason + "\n")
+        sys.stderr.flush()
+
+
+def settle_under_launcher() -> None:
+    """The same for a process that torchrun (or another launcher) started.
+
+    Nothing is done where the launcher does not say how many processes share this node.
+    """
+    count, index = os.environ.get("LOCAL_WORLD_SIZE", ""), os.environ.get("LOCAL_RANK", "")
+    if not (count.isdigit() and index.isdigit() and int(index) < int(count)):
+        return
+    placement = place_here(int(count), int(index))
+    os.environ.setdefault("OMP_NUM_THREADS", str(placement.threads))
+    settle(placement, is_first=os.environ.get("RANK") == "0")
 
 
 def _end_with(parent: Any) -> None:

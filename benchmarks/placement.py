@@ -1,0 +1,184 @@
+"""The chosen threads and cores against the defaults, in turns on one computer.
+
+    python benchmarks/placement.py [--ways 1,2,4] [--rounds 5] [--steps 12] [-o benchmarks/results/placement.md]
+
+Contenders, each in processes of its own that sleep while another works:
+
+    chosen    `plait.hardware.placement`: threads by the probe's curve, cores of their own while there are enough
+    unpinned  the same threads on any core
+    bound     chosen, and every OpenMP thread kept to one core (OMP_PLACES, OMP_PROC_BIND); with more processes than
+              cores, where chosen leaves them on any, every process kept to one core
+    torch     torch alone: as many threads as cores in every process, on any core
+    torchrun  OMP_NUM_THREADS=1, which torchrun sets where several processes share a node; on any core
+
+A round builds the run anew, warms it up, and times `--steps` steps (training of a small GPT) or forwards (serving:
+independent processes, a batch of one). A ratio is the default's time over the chosen one's, round by round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import os
+import platform
+import statistics
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from plait.hardware.placement import Placement, places_here
+from plait.hardware.probe import load_probe
+from plait.run.processes import Workers
+
+TARGET = "examples/gpt.py:job?layers=4&width=256&length=64"
+BATCH = 16
+# way -> (processes, plan; empty: serving)
+WAYS = {
+    "train 1": (1, "dp=1"),
+    "serve 1": (1, ""),
+    "train 2, dp=2": (2, "dp=2"),
+    "train 2, pp=2": (2, "pp=2,microbatches=4"),
+    "serve 2": (2, ""),
+    "train 4, dp=4": (4, "dp=4"),
+    "train 4, dp=2,pp=2": (4, "dp=2,pp=2,microbatches=4"),
+    "serve 4": (4, ""),
+}
+CONTENDERS = ("chosen", "unpinned", "bound", "torch", "torchrun")
+
+
+def placements(contender: str, processes: int) -> tuple[Placement, ...]:
+    chosen = places_here(processes, {})
+    free = Placement(threads=1, cpus=(), places=(), memory=(), reason="")
+    match contender:
+        case "unpinned":
+            return tuple(replace(one, cpus=(), places=()) for one in chosen)
+        case "torch":
+            return (replace(free, threads=os.cpu_count() or 1),) * processes
+        case "torchrun":
+            return (free,) * processes
+        case "bound" if processes > (os.cpu_count() or 1):
+            return tuple(replace(free, cpus=(rank % (os.cpu_count() or 1),)) for rank in range(processes))
+        case _:
+            return chosen
+
+
+class Contender(Workers):
+    """Workers under other placements than the chosen ones; `bound` sets OpenMP's own variables beside."""
+
+    def __init__(self, contender: str, processes: int) -> None:
+        super().__init__(processes, threads=1)
+        self._placements = tuple(replace(one, reason="") for one in placements(contender, processes))
+        self._bound = contender == "bound"
+
+    def _start(self) -> None:
+        names = ("OMP_PROC_BIND", "OMP_PLACES", "KMP_AFFINITY")
+        if self._bound:
+            # One set of variables serves all: OpenMP takes the places that lie within the process's own cores.
+            os.environ.update(OMP_PROC_BIND="close", OMP_PLACES="cores")
+        try:
+            super()._start()
+        finally:
+            for name in names:
+                os.environ.pop(name, None)
+
+
+def train(plan: str, steps: int) -> float:
+    """Median seconds of a step in this process."""
+    from plait.capture import batch as batches
+    from plait.capture.target import load_target
+    from plait.run.start import start
+
+    job = load_target(TARGET)
+    inputs, targets = batches.resized(job, BATCH)
+    seconds = []
+    with start(job, plan, batch=BATCH) as run:
+        for step in range(steps + 3):
+            begin = time.perf_counter()
+            run.step(inputs, targets)
+            if step >= 3:  # the first steps fill buffers
+                seconds.append(time.perf_counter() - begin)
+    return statistics.median(seconds)
+
+
+def serve(steps: int) -> float:
+    """Median seconds of a forward of one sample in this process, the others working beside it."""
+    from plait.capture.target import load_target
+
+    torch.manual_seed(0)
+    job = load_target(TARGET)
+    model = job.model if isinstance(job.model, torch.nn.Module) else job.model()
+    inputs = job.batch[0][:1]
+    seconds = []
+    with torch.inference_mode():
+        for step in range(10 * steps):
+            begin = time.perf_counter()
+            model(inputs)
+            if step >= 3:
+                seconds.append(time.perf_counter() - begin)
+    return statistics.median(seconds)
+
+
+def race(way: str, rounds: int, steps: int) -> dict[str, list[float]]:
+    """Seconds of the slowest process by contender and round."""
+    processes, plan = WAYS[way]
+    found: dict[str, list[float]] = {name: [] for name in CONTENDERS}
+    teams = {name: Contender(name, processes) for name in CONTENDERS}
+    try:
+        for number in range(rounds + 1):
+            # Another order each time, so that none always follows the same neighbour.
+            for name in CONTENDERS[number % 5 :] + CONTENDERS[: number % 5]:
+                call = (train, plan, steps) if plan else (serve, steps)
+                seconds = max(teams[name].call(*call, timeout=120))
+                if number:  # the first round loads libraries
+                    found[name].append(seconds)
+    finally:
+        for team in teams.values():
+            team.__exit__(None, None, None)
+    return found
+
+
+def ratios(found: dict[str, list[float]], name: str, base: str = "chosen") -> str:
+    values = sorted(other / own for other, own in zip(found[name], found[base], strict=True))
+    return f"{statistics.median(values):.2f} [{values[0]:.2f}, {values[-1]:.2f}]"
+
+
+def row(way: str, found: dict[str, list[float]]) -> str:
+    chosen = places_here(WAYS[way][0], {})[0]
+    own = f"{1e3 * statistics.median(found['chosen']):.2f}"
+    cells = [ratios(found, name) for name in ("torch", "torchrun", "unpinned", "bound")]
+    cores = ",".join(map(str, chosen.cpus)) or "any"
+    return f"| {way} | {chosen.threads} | {cores} | {own} | {' | '.join(cells)} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--ways", default="1,2,4", help="numbers of processes")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("-o", "--output", type=Path)
+    arguments = parser.parse_args()
+    for name in ("OMP_NUM_THREADS", "PLAIT_PIN"):
+        os.environ.pop(name, None)
+    probe = load_probe()
+    if probe is None:
+        raise SystemExit("run `plait hardware probe` first: the choice is made from it")
+    where = f"{platform.machine()}, {probe.processor}, {probe.cores} cores, torch {torch.__version__}, gloo"
+    lines = [
+        f"{where}; {arguments.rounds} rounds of {arguments.steps} steps; {datetime.datetime.now(tz=datetime.UTC):%Y-%m-%d}.",
+        "",
+        "| way | threads | cores of process 0 | ms chosen | torch's default | torchrun's default | unpinned | bound |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    print("\n".join(lines), flush=True)
+    for way, (processes, _) in WAYS.items():
+        if str(processes) in arguments.ways.split(","):
+            lines.append(row(way, race(way, arguments.rounds, arguments.steps)))
+            print(lines[-1], flush=True)
+    if arguments.output:
+        arguments.output.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
