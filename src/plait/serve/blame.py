@@ -1,0 +1,63 @@
+"""Which operator of the exported program stopped a runtime, and where it stands in the user's source."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Blamed", "blame", "user_frame"]
+
+_FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\S+)\n\s*([^\n]*)')
+_OPERATOR = re.compile(r"\b(?:aten|torch\.ops\.aten|prims|higher_order)(?:[.:_]|::)+([a-z_0-9]+)")
+_WORD = re.compile(r"[A-Za-z_][A-Za-z_0-9]*")
+
+
+@dataclass(frozen=True, slots=True)
+class Blamed:
+    """An operator that an error names."""
+
+    operator: str
+    """Such as aten.grouped_mm.default."""
+    where: str
+    """`file:line, in function: code` of the user's own line; empty where the graph does not know it."""
+
+
+def blame(text: str, program: torch.export.ExportedProgram) -> Blamed | None:
+    """The first operator of the program that the text of an error names, by its node or by its kind."""
+    nodes = [node for node in program.graph.nodes if node.op == "call_function"]
+    words = _WORD.findall(text)
+    by_name = {node.name: node for node in nodes}
+    # A node's own name tells one operator from its likes; names such as `add` are also plain words, so they need a number.
+    for word in words:
+        if word in by_name and (word[-1].isdigit() or f"%{word}" in text):
+            return _blamed(by_name[word])
+    kinds: dict[str, Any] = {}
+    for node in nodes:
+        kinds.setdefault(_kind(node), node)
+    for found in _OPERATOR.findall(text):
+        for kind in (found, found.strip("_"), re.sub(r"_(default|tensor|scalar|int|dim)$", "", found, flags=re.I)):
+            if kind in kinds:
+                return _blamed(kinds[kind])
+    return None
+
+
+def _kind(node: Any) -> str:
+    name = str(node.target)
+    return name.split(".")[1] if name.count(".") else name
+
+
+def _blamed(node: Any) -> Blamed:
+    return Blamed(str(node.target), user_frame(node.meta.get("stack_trace") or ""))
+
+
+def user_frame(stack: str) -> str:
+    """The innermost frame of a recorded stack that is not torch's or plait's own."""
+    frames = [f for f in _FRAME.findall(stack) if "/torch/" not in f[0] and "/plait/" not in f[0]]
+    if not frames:
+        return ""
+    file, line, function, code = frames[-1]
+    return f"{file}:{line}, in {function}: {code.strip()}"

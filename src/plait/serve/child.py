@@ -1,0 +1,280 @@
+"""One backend in a process of its own: exported, loaded, checked, timed. Started by `plait.serve.isolate`.
+
+    python -m plait.serve.child REQUEST.json
+
+Reads the request, writes the result file again after every stage, so that a crash leaves what was known before it.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+import traceback
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from plait.errors import PlaitError
+from plait.serve.backend import Artefact, Backend
+from plait.serve.subject import Sample, Subject
+
+__all__ = ["Request", "main"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What a child is to do."""
+
+    backend: str
+    """`module:class`."""
+    subject: str
+    artefact: str
+    """Empty folder to write into."""
+    result: str
+    """JSON file to write."""
+    precision: str = "fp32"
+    batches: tuple[int, ...] = (1,)
+    threads: tuple[int, ...] = (1,)
+    seconds: float = 4.0
+    """For timing one batch size with one number of threads; 0: not timed."""
+    compiled: bool = True
+    """Whether torch.compile is timed, too."""
+    task: str = "export"
+    """`export`; or `serve`: load the finished artefact as a server would, and say how much memory it takes."""
+    search_path: tuple[str, ...] = field(default_factory=tuple)
+    """Where the user's code is imported from."""
+
+
+class Report:
+    """The result file, written anew after every change."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.values: dict[str, Any] = {"status": "crashed", "stage": "starting"}
+
+    def set(self, **values: Any) -> None:
+        """Change the values and write them."""
+        self.values.update(values)
+        aside = self._path.with_suffix(".part")
+        aside.write_text(json.dumps(self.values), encoding="utf-8")
+        aside.replace(self._path)
+
+
+def main(path: str) -> int:
+    """Do what the request says; 0 when the result file says all."""
+    request = Request(**json.loads(Path(path).read_text(encoding="utf-8")))
+    report = Report(Path(request.result))
+    report.set()
+    try:
+        if request.task == "serve":
+            _serve(request, report)
+        else:
+            _export(request, report)
+    except PlaitError as problem:
+        report.set(status="failed", error=problem.message, hint=problem.hint)
+    except Exception as problem:
+        report.set(status="failed", **_explained(problem, request))
+    report.set(peak_bytes=peak_bytes())
+    return 0
+
+
+def _explained(problem: Exception, request: Request) -> dict[str, Any]:
+    text = f"{type(problem).__name__}: {problem}".strip()
+    chain, cause = text, problem.__cause__ or problem.__context__
+    while cause is not None:
+        chain += f"\n{type(cause).__name__}: {cause}"
+        cause = cause.__cause__ or cause.__context__
+    found: dict[str, Any] = {
+        "error": _first_lines(text),
+        "detail": chain[-6000:],
+        "trace": traceback.format_exc()[-6000:],
+    }
+    if "No space left on device" in chain or "File too large" in chain or "Errno 28" in chain:
+        found["error"] = f"the disk is full: {_first_lines(text)}"
+    with suppress(Exception):  # what cannot be blamed stays unblamed
+        from plait.serve.blame import blame
+
+        subject = Subject.read(Path(request.subject))
+        for name in subject.entries:
+            blamed = blame(chain, subject.program(name))
+            if blamed is not None:
+                found.update(operator=blamed.operator, where=blamed.where)
+                break
+    return found
+
+
+def _first_lines(text: str, limit: int = 300) -> str:
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return " ".join(lines)[:limit]
+
+
+def peak_bytes() -> int:
+    """Largest resident memory of this process so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _export(request: Request, report: Report) -> None:
+    import torch
+
+    from plait.serve.registry import backend_at
+    from plait.serve.timing import time_all
+
+    torch.set_num_threads(max(request.threads))
+    backend = backend_at(request.backend)
+    subject = Subject.read(Path(request.subject))
+    report.set(stage="looking", expected=backend.status, keeps=backend.keeps)
+    missing = backend.missing()
+    if missing:
+        report.set(status="missing", error=missing)
+        return
+    refusal = backend.refusal(subject, request.precision)
+    if refusal:
+        report.set(status="refused", error=refusal)
+        return
+    folder = Path(request.artefact)
+    is_exact = request.precision == "fp32"
+    if subject.weights == "random" and is_exact and backend.status == "run":
+        perturbed = _PerturbedSubject.of(subject)
+        report.set(stage="exporting with moved weights")
+        facts = dict(backend.export(perturbed, folder, request.precision))
+        report.set(stage="checking moved weights")
+        parity = check(backend, perturbed, folder, facts, max(request.threads), request.precision)
+        report.set(perturbed=parity)
+        _refuse_difference(parity)
+        _empty(folder)
+    report.set(stage="exporting")
+    begin = time.perf_counter()
+    facts = dict(backend.export(subject, folder, request.precision))
+    size = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
+    report.set(export_s=time.perf_counter() - begin, facts=facts, bytes=size, versions=backend.versions())
+    _refuse_size(backend, subject, size, request.precision)
+    if backend.status == "prepared":
+        report.set(status="prepared", stage="done")
+        return
+    report.set(stage="checking")
+    parity = check(backend, subject, folder, facts, max(request.threads), request.precision)
+    report.set(parity=parity)
+    if is_exact:
+        _refuse_difference(parity)
+    report.set(stage="running the data")
+    _run_data(backend, subject, folder, facts, request)
+    if request.seconds:
+        report.set(stage="timing")
+        time_all(backend, subject, folder, facts, request, report)
+    report.set(status="ok", stage="done")
+
+
+class _PerturbedSubject(Subject):
+    """The subject with moved weights, and the outputs that go with them."""
+
+    @classmethod
+    def of(cls, subject: Subject) -> _PerturbedSubject:
+        return cls(**{name: getattr(subject, name) for name in subject.__dataclass_fields__})
+
+    def program(self, entry: str = "forward", *, perturbed: bool = True) -> Any:  # noqa: ARG002
+        return Subject.program(self, entry, perturbed=True)
+
+    def outputs(self, sample: Sample, entry: str = "forward", *, perturbed: bool = True) -> Any:  # noqa: ARG002
+        return Subject.outputs(self, sample, entry, perturbed=True)
+
+
+def _empty(folder: Path) -> None:
+    import shutil
+
+    for path in folder.iterdir():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def serves(sizes: Mapping[str, int], facts: Mapping[str, Any]) -> bool:
+    """Whether sizes lie in what an artefact said that it takes."""
+    limits = facts.get("serves") or {}
+    return all(limits[name][0] <= size <= limits[name][1] for name, size in sizes.items() if name in limits)
+
+
+def check(
+    backend: Backend, subject: Subject, folder: Path, facts: Mapping[str, Any], threads: int, precision: str
+) -> list[dict[str, Any]]:
+    """The difference from eager on every sample that the artefact serves."""
+    from plait.serve.accuracy import difference
+
+    found: list[dict[str, Any]] = []
+    for name, entry in subject.entries.items():
+        artefact = Artefact(
+            folder=folder, entry=entry, precision=precision, threads=threads, facts=facts, subject=subject
+        )
+        run = backend.load(artefact)
+        for sample in entry.samples:
+            if not serves(sample.sizes, facts):
+                continue
+            outputs = run(subject.inputs(sample, name))
+            gap = difference([s.name for s in entry.outputs], subject.outputs(sample, name), outputs)
+            found.append({"entry": name, "sizes": dict(sample.sizes), **gap.to_dict()})
+    return found
+
+
+def _refuse_difference(parity: list[dict[str, Any]]) -> None:
+    from plait.serve.accuracy import PARITY
+
+    wrong = [one for one in parity if not one["max_rel"] <= PARITY]
+    if wrong:
+        worst = max(wrong, key=lambda one: one["max_rel"])
+        raise PlaitError(
+            f"it does not compute what eager does: relative error {worst['max_rel']:.2g} of {worst['worst']} at "
+            f"{worst['sizes'] or 'the exported shape'}, the limit is {PARITY:g}"
+        )
+
+
+def _refuse_size(backend: Backend, subject: Subject, size: int, precision: str) -> None:
+    """A much smaller artefact than its weights has lost some (folded away, or not saved)."""
+    least = {"fp32": 0.9, "bf16": 0.45, "fp16": 0.45}.get(precision, 0.2)
+    if backend.keeps and size < least * subject.parameter_bytes:
+        raise PlaitError(
+            f"the artefact has {size} bytes for {subject.parameter_bytes} bytes of weights: some are missing"
+        )
+
+
+def _run_data(backend: Backend, subject: Subject, folder: Path, facts: Mapping[str, Any], request: Request) -> None:
+    """Outputs for the user's data, for the parent, which knows the task's loss."""
+    from safetensors.torch import save_file
+
+    for name, entry in subject.entries.items():
+        samples = [sample for sample in entry.data if serves(sample.sizes, facts)]
+        if not samples:
+            continue
+        artefact = Artefact(
+            folder=folder,
+            entry=entry,
+            precision=request.precision,
+            threads=max(request.threads),
+            facts=facts,
+            subject=subject,
+        )
+        run = backend.load(artefact)
+        for sample in samples:
+            outputs = run(subject.inputs(sample, name))
+            held = {s.name: t.detach().contiguous().clone() for s, t in zip(entry.outputs, outputs, strict=True)}
+            save_file(held, Path(request.result).parent / f"got-{sample.file}")
+
+
+def _serve(request: Request, report: Report) -> None:
+    import torch
+
+    from plait.serve.served import load
+
+    torch.set_num_threads(max(request.threads))
+    subject = Subject.read(Path(request.subject))
+    before = peak_bytes()
+    served = load(request.artefact, threads=max(request.threads))
+    for name, entry in subject.entries.items():
+        samples = [s for s in entry.samples if serves(s.sizes, served.manifest.facts)]
+        sample = max(samples, key=lambda s: s.sizes.get("batch", 0))
+        served.entry(name)(*subject.inputs(sample, name))
+    report.set(status="ok", before_bytes=before)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

@@ -1,0 +1,310 @@
+"""`plait export`: a trained model to the runtimes that people serve with, each proven equal to eager and timed beside it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from plait.errors import PlaitError, ServeError
+from plait.serve.backend import PRECISIONS, Backend
+from plait.serve.child import Request
+from plait.serve.isolate import run_child
+from plait.serve.manifest import Manifest, finished_folder
+from plait.serve.registry import backend_at, chosen
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from plait.capture.job import Job
+    from plait.serve.prepare import Prepared
+    from plait.serve.source import Source
+
+__all__ = ["export"]
+
+_DATA_BATCHES = 8  # of the user's data, for the accuracy of a precision
+
+
+def export(
+    model: nn.Module | Job | str | os.PathLike[str],
+    to: str | Sequence[str],
+    *,
+    inputs: Any = None,
+    output: str | os.PathLike[str] | None = None,
+    precision: str | Sequence[str] = "fp32",
+    batch: int | Sequence[int] = (1, 8),
+    threads: int | Sequence[int] | None = None,
+    data: str | os.PathLike[str] | None = None,
+    target: str | None = None,
+    seconds: float = 4.0,
+    limit: float = 600.0,
+    compiled: bool = True,
+    tell: Callable[[str, str], None] = lambda backend, stage: None,
+) -> dict[str, Any]:
+    """What each backend made of a model: the report that is also in `report.json` of the output folder.
+
+    Args:
+        model: a module (with `inputs`), a Job, a TARGET, or the run directory of `plait train`. Left as it was.
+        to: names of backends, `onnxruntime,openvino` or a list; `all`.
+        inputs: a module's sample inputs, batch first: a tensor, a tuple, or a dict of keyword arguments.
+        output: folder for a folder of each backend; default `exports/NAME`, or `exports` in the run directory.
+        precision: fp32, bf16, fp16, int8 or int8-weight, or several of them.
+        batch: batch sizes to time; an artefact serves from 1 to the largest.
+        threads: numbers of threads to time with; default: all cores.
+        data: text for an hf: target whose accuracy is measured; by default the job's own data, else its sample batch.
+        target: what a run directory trained, where it does not say so itself.
+        seconds: for timing each batch size with each number of threads; 0: not timed.
+        limit: seconds for each backend before it is stopped.
+        compiled: whether torch.compile is timed beside eager.
+        tell: called with backend and stage as they begin.
+
+    Raises:
+        ServeError, TargetError, CheckpointError, CaptureError: what was asked cannot be done. What happens inside a backend is in
+            the report instead.
+    """
+    places = chosen(to)
+    precisions = _words(precision)
+    unknown = [word for word in precisions if word not in PRECISIONS]
+    if unknown:
+        from plait.capture.arguments import nearest
+
+        raise ServeError(
+            f"export: no precision {unknown[0]!r}{nearest(unknown[0], PRECISIONS)}",
+            hint=f"--precision takes {', '.join(PRECISIONS)}",
+        )
+    sizes, counts = _numbers(batch, "batch"), _numbers(threads or _cores(), "threads")
+    from plait.serve.source import source_of
+
+    tell("", "building the model")
+    source = source_of(model, target=target, inputs=inputs)
+    out = Path(output) if output is not None else _default_output(model, source.name)
+    try:
+        with tempfile.TemporaryDirectory(prefix="plait-export-") as scratch:
+            prepared = _prepared(source, Path(scratch), sizes, data, tell)
+            job = _Task(source, prepared, Path(scratch), out, sizes, counts, seconds, limit, compiled, tell)
+            rows = [job.row(name, place, p) for name, place in places.items() for p in precisions]
+    except OSError as problem:
+        raise PlaitError(f"export: {problem.strerror or problem}: {problem.filename or out}") from None
+    report = _report(source, prepared, rows, sizes, counts)
+    _write_report(out, report)
+    return report
+
+
+def _words(value: str | Sequence[str]) -> list[str]:
+    return [word.strip() for word in value.split(",")] if isinstance(value, str) else list(value)
+
+
+def _numbers(value: int | Sequence[int], what: str) -> tuple[int, ...]:
+    found = (value,) if isinstance(value, int) else tuple(dict.fromkeys(value))
+    if not found or min(found) < 1:
+        raise ServeError(f"export: --{what} {','.join(map(str, found))} is not a list of whole numbers from 1 on")
+    return found
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0))
+
+
+def _default_output(model: Any, name: str) -> Path:
+    if isinstance(model, str | os.PathLike) and Path(model).is_dir():
+        return Path(model) / "exports"
+    return Path("exports") / "".join(c if c.isalnum() or c in "=-." else "_" for c in name.rsplit("/", 1)[-1])
+
+
+def _prepared(source: Source, scratch: Path, sizes: Sequence[int], data: Any, tell: Any) -> Prepared:
+    from plait.serve.prepare import prepare
+
+    folder = scratch / "subject"
+    folder.mkdir()
+    batches = _data_of(source, data, max(sizes))
+    return prepare(source, folder, asked=sizes, data=batches, tell=lambda stage: tell("", stage))
+
+
+def _data_of(source: Source, path: Any, batch: int) -> list[tuple[Any, Any]]:
+    """Batches of the user's data: of `path`, the job's own held-out or training data, or its sample batch."""
+    from plait.run.data import Batches, text_samples
+
+    job = source.job
+    text = getattr(job, "text", None)
+    if path is not None:
+        if text is None:
+            raise ServeError(
+                f"export: --data {path} is for hf: targets that read text; this one brings its own data",
+                hint="give the Job data=, or leave --data away",
+            )
+        found: Any = text_samples(text, Path(path))
+    else:
+        found = job.evaluate if job.evaluate is not None else job.data
+    if found is None:
+        return [job.batch]
+    stream = Batches(found, batch=batch, seed=0, shuffle=False)
+    return [(b.inputs, b.targets) for b in islice(stream.one_epoch(), _DATA_BATCHES)]
+
+
+class _Task:
+    """What is the same for all backends of one export."""
+
+    def __init__(
+        self,
+        source: Source,
+        prepared: Prepared,
+        scratch: Path,
+        out: Path,
+        sizes: tuple[int, ...],
+        threads: tuple[int, ...],
+        seconds: float,
+        limit: float,
+        compiled: bool,
+        tell: Callable[[str, str], None],
+    ) -> None:
+        from plait.serve.loss import task_loss
+
+        self._prepared = prepared
+        self._scratch = scratch
+        self._out = out
+        self._sizes, self._threads = sizes, threads
+        self._seconds, self._limit, self._compiled = seconds, limit, compiled
+        self._tell = tell
+        self._loss = task_loss(source)
+
+    def row(self, name: str, place: str, precision: str) -> dict[str, Any]:
+        """What became of one backend in one precision; never raises for what happens inside of it."""
+        start = {"backend": name, "precision": precision}
+        try:
+            backend = backend_at(place)
+            interpreter = backend.interpreter()
+        except PlaitError as problem:
+            return {**start, "status": "missing", "error": problem.message, "hint": problem.hint}
+        folder = self._out / (name if precision == "fp32" else f"{name}-{precision}")
+        try:
+            return {**start, **self._made(backend, place, interpreter, precision, folder)}
+        except OSError as problem:
+            full = problem.errno in (28, 27, 122)  # ENOSPC, EFBIG, EDQUOT
+            what = "the disk is full" if full else str(problem.strerror or problem)
+            return {**start, "status": "failed", "error": f"{what}: nothing was left in {folder}"}
+
+    def _made(self, backend: Backend, place: str, interpreter: str, precision: str, folder: Path) -> dict[str, Any]:
+        begin = time.monotonic()
+        values: dict[str, Any] = {}
+        try:
+            with finished_folder(folder) as aside:
+                values = self._child(backend, place, interpreter, precision, aside, "export", self._seconds)
+                if values["status"] not in ("ok", "prepared") or not backend.keeps:
+                    raise _NothingKeptError
+                self._manifest(backend, precision, values).write(aside)
+        except _NothingKeptError:
+            pass
+        else:
+            values["folder"] = str(folder)
+            if values["status"] == "ok":
+                self._measure_memory(backend, place, interpreter, precision, folder, values)
+        from plait.serve.loss import accuracy_on_data
+
+        with suppress(FileNotFoundError):
+            values["data"] = accuracy_on_data(self._prepared, self._loss, self._scratch)
+        values["wall_s"] = time.monotonic() - begin
+        return values
+
+    def _child(
+        self, backend: Backend, place: str, interpreter: str, precision: str, artefact: Path, task: str, seconds: float
+    ) -> dict[str, Any]:
+        request = Request(
+            backend=place,
+            subject=str(self._prepared.subject.folder),
+            artefact=str(artefact.resolve()),
+            result=str(self._scratch / "result.json"),
+            precision=precision,
+            batches=self._sizes,
+            threads=self._threads,
+            seconds=seconds,
+            compiled=self._compiled,
+            task=task,
+        )
+        label = backend.name if precision == "fp32" else f"{backend.name} {precision}"
+        return run_child(request, interpreter, limit=self._limit, tell=lambda stage: self._tell(label, stage))
+
+    def _manifest(self, backend: Backend, precision: str, values: dict[str, Any]) -> Manifest:
+        import plait
+
+        subject = self._prepared.subject
+        facts = values.get("facts", {})
+        return Manifest(
+            backend=backend.name,
+            precision=precision,
+            entries={name: served_entry(entry, facts) for name, entry in subject.entries.items()},
+            source=subject.source,
+            weights_sha256=subject.weights_sha256,
+            plait=plait.__version__,
+            versions=values.get("versions", {}),
+            facts=facts,
+        )
+
+    def _measure_memory(
+        self, backend: Backend, place: str, interpreter: str, precision: str, folder: Path, values: dict[str, Any]
+    ) -> None:
+        """Peak memory of a process that only loads the finished artefact and runs its largest sample."""
+        found = self._child(backend, place, interpreter, precision, folder, "serve", 0)
+        if found["status"] == "ok":
+            values["serve_peak_bytes"] = found["peak_bytes"]
+            values["serve_before_bytes"] = found["before_bytes"]
+        else:
+            values["status"], values["error"] = "failed", f"the finished artefact does not load: {found.get('error')}"
+
+
+class _NothingKeptError(Exception):
+    """Ends the folder that is being made without giving it its name."""
+
+
+def served_entry(entry: Any, facts: dict[str, Any]) -> Any:
+    """An entry point as its manifest has it: without the subject's files, and no wider than the artefact serves."""
+    from dataclasses import replace
+
+    limits = facts.get("serves") or {}
+    dims = {
+        name: (max(low, limits[name][0]), min(high, limits[name][1])) if name in limits else (low, high)
+        for name, (low, high) in entry.dims.items()
+    }
+    return replace(entry, dims=dims, program="", samples=(), data=())
+
+
+def _report(
+    source: Source, prepared: Prepared, rows: list[dict[str, Any]], sizes: Sequence[int], threads: Sequence[int]
+) -> dict[str, Any]:
+    import plait
+    from plait.serve.best import best_rows
+
+    subject = prepared.subject
+    return {
+        "model": subject.name,
+        "source": source.text,
+        "weights": subject.weights,
+        "weights_sha256": subject.weights_sha256,
+        "parameter_bytes": subject.parameter_bytes,
+        "plait": plait.__version__,
+        "batches": list(sizes),
+        "threads": list(threads),
+        "entries": {name: served_entry(entry, {}).to_dict() for name, entry in subject.entries.items()},
+        "rows": rows,
+        "best": best_rows(rows),
+    }
+
+
+def _write_report(out: Path, report: dict[str, Any]) -> None:
+    aside = out / f".report.{os.getpid()}.tmp"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        aside.write_text(json.dumps(report, indent=1), encoding="utf-8")
+        aside.replace(out / "report.json")
+    except OSError as problem:
+        report["report_error"] = f"report.json was not written: {problem.strerror}"
+        with suppress(OSError):
+            aside.unlink(missing_ok=True)
+    if shutil.disk_usage(out if out.exists() else Path.cwd()).free == 0:
+        report.setdefault("report_error", "the disk is full")

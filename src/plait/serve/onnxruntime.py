@@ -1,0 +1,126 @@
+"""ONNX by torch's dynamo exporter, run by onnxruntime."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from plait.serve.backend import Artefact, Backend, Runner
+from plait.serve.subject import Entry, Subject
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["OnnxRuntime", "write_onnx"]
+
+OPSET = 20  # the newest whose operators every stable runtime of 2026 reads; the exporter implements 18 and up
+_PROTOBUF_LIMIT = 1_900_000_000  # bytes; a protobuf message ends at 2 GiB, larger weights go into a file beside it
+
+
+class OnnxRuntime(Backend):
+    """`<entry>.onnx`, with its weights inside."""
+
+    name = "onnxruntime"
+    extra = "onnx"
+    imports = ("onnx", "onnxscript", "onnxruntime")
+    distributions = ("onnx", "onnxscript", "onnxruntime")
+    precisions: ClassVar[tuple[str, ...]] = ("fp32", "int8")
+
+    def refusal(self, subject: Subject, precision: str) -> str:
+        """Int8 multiplies matrices alone; a model that mostly convolves would only get slower."""
+        if precision == "int8" and subject.convolutions and not _has_linear(subject):
+            return "onnxruntime's int8 convolutions are 2.5 times slower than fp32 on this kind of CPU, and it has no matrix multiplications"
+        return super().refusal(subject, precision)
+
+    def knobs(self) -> Mapping[str, Sequence[Any]]:
+        """What changes latency and never results."""
+        return {"spinning": (True, False), "execution": ("sequential", "parallel"), "optimisation": ("all", "extended")}
+
+    def export(self, subject: Subject, folder: Path, precision: str) -> Mapping[str, Any]:
+        """One file for each entry point, checked by onnx; quantised afterwards."""
+        opset = 0
+        for name in subject.entries:
+            path = folder / f"{name}.onnx"
+            if precision == "fp32":
+                opset = write_onnx(subject, name, path)
+                continue
+            whole = folder / f"{name}.fp32.onnx"
+            opset = write_onnx(subject, name, whole)
+            _quantise(whole, path)
+            for part in folder.glob(f"{name}.fp32.*"):
+                part.unlink()
+        return {"opset": opset}
+
+    def load(self, artefact: Artefact) -> Runner:
+        """A session on the CPU with a fixed number of threads."""
+        import onnxruntime
+        import torch
+
+        from plait.serve.onnx_file import check_onnx
+
+        path = artefact.folder / f"{artefact.entry.name}.onnx"
+        check_onnx(path)
+        knobs = artefact.knobs or {}
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = artefact.threads
+        options.log_severity_level = 3
+        options.add_session_config_entry("session.intra_op.allow_spinning", "1" if knobs.get("spinning", True) else "0")
+        if knobs.get("execution") == "parallel":
+            options.execution_mode = onnxruntime.ExecutionMode.ORT_PARALLEL
+        if knobs.get("optimisation") == "extended":
+            options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        taken = {value.name for value in session.get_inputs()}
+        names = [spec.name for spec in artefact.entry.inputs]
+
+        def run(inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+            feed = {n: t.detach().numpy() for n, t in zip(names, inputs, strict=True) if n in taken}
+            return [torch.from_numpy(value) for value in session.run(None, feed)]
+
+        return run
+
+
+def write_onnx(subject: Subject, name: str, path: Path) -> int:
+    """Write an entry point as ONNX with its inputs and outputs under their own names; gives the opset it came out with."""
+    import onnx
+    import torch
+
+    entry = subject.entries[name]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        written = torch.onnx.export(
+            subject.program(name),
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=[spec.name for spec in entry.inputs],
+            output_names=[_distinct(spec.name, entry) for spec in entry.outputs],
+            verbose=False,
+        )
+    assert written is not None
+    written.save(str(path), external_data=subject.parameter_bytes > _PROTOBUF_LIMIT)
+    # By its path, since a file with data beside it cannot be checked in memory.
+    onnx.checker.check_model(str(path), full_check=True)
+    model = onnx.load(str(path), load_external_data=False)
+    return int(next(o.version for o in model.opset_import if o.domain in ("", "ai.onnx")))
+
+
+def _distinct(name: str, entry: Entry) -> str:
+    """ONNX has one space of names for inputs and outputs."""
+    return f"{name}_out" if any(spec.name == name for spec in entry.inputs) else name
+
+
+def _quantise(whole: Path, path: Path) -> None:
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    quantize_dynamic(
+        str(whole), str(path), weight_type=QuantType.QInt8, per_channel=True, op_types_to_quantize=["MatMul", "Gemm"]
+    )
+
+
+def _has_linear(subject: Subject) -> bool:
+    kinds = ("aten.linear", "aten.matmul", "aten.addmm", "aten.mm", "aten.bmm")
+    return any(
+        str(node.target).startswith(kinds) for name in subject.entries for node in subject.program(name).graph.nodes
+    )

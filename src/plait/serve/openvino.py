@@ -1,0 +1,81 @@
+"""OpenVINO, from the exported program."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from plait.serve.backend import Artefact, Backend, Runner
+from plait.serve.subject import Subject
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["OpenVino"]
+
+_HINTS = {"fp32": "f32", "bf16": "bf16", "fp16": "f16", "int8-weight": "f32"}
+
+
+class OpenVino(Backend):
+    """`<entry>.xml` and `<entry>.bin`."""
+
+    name = "openvino"
+    extra = "openvino"
+    imports = ("openvino",)
+    distributions = ("openvino", "nncf")
+    precisions: ClassVar[tuple[str, ...]] = ("fp32", "bf16", "int8-weight")
+
+    def refusal(self, subject: Subject, precision: str) -> str:
+        """Weight compression is another package."""
+        import importlib.util
+
+        if precision == "int8-weight" and importlib.util.find_spec("nncf") is None:
+            return "openvino compresses weights by nncf, which is not installed: pip install nncf"
+        return super().refusal(subject, precision)
+
+    def knobs(self) -> Mapping[str, Sequence[Any]]:
+        """What changes latency and never results."""
+        return {"hint": ("LATENCY", "THROUGHPUT"), "streams": (1, 2), "pinning": (True, False)}
+
+    def export(self, subject: Subject, folder: Path, precision: str) -> Mapping[str, Any]:
+        """One model for each entry point, with its sizes as open as the program's."""
+        import openvino
+
+        for name, entry in subject.entries.items():
+            model = openvino.convert_model(subject.program(name))
+            if precision == "int8-weight":
+                import nncf
+
+                model = nncf.compress_weights(model)
+            for port, spec in zip(model.inputs, entry.inputs, strict=True):
+                port.get_tensor().set_names({spec.name})
+            openvino.save_model(model, folder / f"{name}.xml", compress_to_fp16=False)
+        return {}
+
+    def load(self, artefact: Artefact) -> Runner:
+        """A compiled model with one request; without the precision hint this runtime would choose bfloat16 by itself."""
+        import openvino
+        import torch
+
+        knobs = artefact.knobs or {}
+        config = {
+            "INFERENCE_PRECISION_HINT": _HINTS[artefact.precision],
+            "INFERENCE_NUM_THREADS": artefact.threads,
+            "PERFORMANCE_HINT": str(knobs.get("hint", "LATENCY")),
+            "ENABLE_CPU_PINNING": bool(knobs.get("pinning", True)),
+        }
+        if "streams" in knobs:
+            config["NUM_STREAMS"] = int(knobs["streams"])
+        core = openvino.Core()
+        compiled = core.compile_model(core.read_model(artefact.folder / f"{artefact.entry.name}.xml"), "CPU", config)
+        request = compiled.create_infer_request()
+        wanted = [getattr(torch, spec.dtype) for spec in artefact.entry.outputs]
+        places = range(len(compiled.outputs))
+
+        def run(inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+            results = request.infer([t.detach().numpy() for t in inputs], share_inputs=True)
+            # Copied: the request writes its next outputs into the same memory.
+            return [torch.from_numpy(results[i].copy()).to(d) for i, d in zip(places, wanted, strict=True)]
+
+        return run
