@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test check format tiny clean
+.PHONY: demo test check format tiny engines clean
 
 # About two minutes on two cores: a byte-level GPT on four processes, then the proof of the same plan.
 demo: $(STAMP)
@@ -29,6 +29,11 @@ check: $(STAMP)
 format: $(STAMP)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+# What reads the job files of `plait launch`, in environments of their own (about 2 GiB); the tests use them when they are there.
+engines: $(STAMP)
+	$(BIN)/python -m plait.environments make engines
+	$(BIN)/python -m plait.environments make parallelcluster
 
 # pip reads dependency groups from 25.1 on.
 $(STAMP): pyproject.toml

@@ -1,10 +1,9 @@
 """Every file passes its engine's own schema or parser.
 
-Kubernetes' and Kubeflow's models are small and in the test dependencies. The others are heavy: install them elsewhere
-and name the interpreters (as in PATH, one after another) to run these tests too:
+Kubernetes' and Kubeflow's models are small and in the test dependencies. The others are heavy and live in environments of
+their own, which are used when they are there:
 
-    python -m venv engines && engines/bin/pip install skypilot azure-ai-ml azure-identity
-    PLAIT_ENGINES_PYTHON=engines/bin/python pytest tests/jobs/test_validators.py
+    make engines
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from plait.cli.main import run
+from plait.environments.names import every
 
 # engine -> (checker, module that it needs, file)
 ENGINES = {
@@ -39,15 +39,24 @@ VARIANTS = {
 
 @functools.cache
 def interpreter(module: str) -> str | None:
-    """A Python that has `module`: this one, or one of PLAIT_ENGINES_PYTHON."""
+    """A Python that has `module`: this one, one that `make engines` made, or one of PLAIT_ENGINES_PYTHON."""
     top = module.split(".", maxsplit=1)[0]
     if importlib.util.find_spec(top) is not None:
         return sys.executable
-    for python in filter(None, os.environ.get("PLAIT_ENGINES_PYTHON", "").split(os.pathsep)):
+    pythons = [*MADE, *filter(None, os.environ.get("PLAIT_ENGINES_PYTHON", "").split(os.pathsep))]
+    for python in pythons:
         code = f"import importlib.util as u, sys; sys.exit(u.find_spec({top!r}) is None)"
         if subprocess.run([python, "-c", code], timeout=60, check=False).returncode == 0:
             return python
     return None
+
+
+def made() -> list[str]:
+    """Looked up before a test changes where caches lie."""
+    return [str(one.python) for one in every() if one.name in ("engines", "parallelcluster") and one.python.exists()]
+
+
+MADE = made()
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -57,7 +66,7 @@ def test_the_engine_accepts_its_file(project: Path, monkeypatch, engine: str, va
     checker, module, file = ENGINES[engine]
     python = interpreter(module)
     if python is None:
-        pytest.skip(f"{module} is not installed; name an interpreter that has it in PLAIT_ENGINES_PYTHON")
+        pytest.skip(f"{module} is not installed: `make engines`")
     words = VARIANTS[variant]
     if engine == "gke-jobset":
         if variant == "on CPUs":
@@ -85,7 +94,7 @@ def test_the_validator_would_see_a_mistake(project: Path, engine: str):
     checker, module, file = ENGINES[engine]
     python = interpreter(module)
     if python is None:
-        pytest.skip(f"{module} is not installed; name an interpreter that has it in PLAIT_ENGINES_PYTHON")
+        pytest.skip(f"{module} is not installed: `make engines`")
     assert run(["launch", "tiny.py:job", "--to", engine, "--plan", "dp=16", "--gpu-type", "H100"]) == 0
     path = Path("launch") / f"tiny-{engine}" / file
     text = path.read_text(encoding="utf-8")

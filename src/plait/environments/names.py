@@ -74,6 +74,20 @@ _ALL = (
         modules=("mxnet", "onnx"),
         pythons=((3, 8), (3, 11)),
     ),
+    Environment(
+        name="engines",
+        purpose="the engines that read what `plait launch` writes, for the tests",
+        modules=("sky", "azure.ai.ml", "azure.identity", "sagemaker.train"),
+        pythons=((3, 10), (3, 13)),
+        variables=(("SKYPILOT_DISABLE_USAGE_COLLECTION", "1"),),
+    ),
+    Environment(
+        name="parallelcluster",
+        purpose="AWS ParallelCluster's schema, for the tests",
+        modules=("pkg_resources", "pcluster.schemas.cluster_schema"),
+        pythons=((3, 10), (3, 12)),
+        variables=(("AWS_DEFAULT_REGION", "us-east-1"),),
+    ),
 )
 
 NAMES: tuple[str, ...] = tuple(one.name for one in _ALL)
