@@ -29,7 +29,8 @@ class Flops:
 
 
 _KINDS: dict[str, str] = {
-    **dict.fromkeys(("linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "einsum", "_grouped_mm", "mv", "dot"), "matmul"),
+    **dict.fromkeys(("linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "einsum", "_grouped_mm", "grouped_mm_fallback", "mv",
+                     "dot"), "matmul"),
     **dict.fromkeys(("conv1d", "conv2d", "conv3d", "convolution", "conv_transpose1d", "conv_transpose2d"), "conv"),
     "scaled_dot_product_attention": "attention",
     **dict.fromkeys(("layer_norm", "rms_norm", "group_norm", "batch_norm", "instance_norm", "_fused_rms_norm"), "norm"),
@@ -136,7 +137,7 @@ def _gemm(node: fx.Node) -> tuple[int, int, int, int] | None:
         # In a product of two, every index is in two of the three tensors (batch indices in three).
         depth = math.sqrt(sizes / max(1, math.prod(out))) if len(operands) == 2 else 1.0
         return (1, math.prod(out), 1, max(1, round(depth)))
-    if name == "_grouped_mm":
+    if name in ("_grouped_mm", "grouped_mm_fallback"):  # torch's own, and what transformers runs on a CPU
         tokens, experts = _shape(args[0]), _shape(args[1])
         if len(tokens) == 2 and len(experts) == 3:  # every row meets one expert
             return (1, tokens[0], experts[-1], experts[-2])
@@ -243,7 +244,7 @@ def _operator(program: Program, node: fx.Node) -> Operator:
     view = kind == "view"
     parameters = [
         program.placeholders[parent.name].name
-        for parent in node.all_input_nodes
+        for parent in map(_behind_views, node.all_input_nodes)
         if parent.op == "placeholder" and program.placeholders[parent.name].kind == "parameter"
     ]
     read = sum(spec.nbytes for spec in inputs)
@@ -264,6 +265,13 @@ def _operator(program: Program, node: fx.Node) -> Operator:
         saved_bytes=node.meta["saved_bytes"],
         gemm=flops.gemm,
     )
+
+
+def _behind_views(node: fx.Node) -> fx.Node:
+    """The tensor that `node` is a view of: a weight that comes transposed is that weight."""
+    while node.op == "call_function" and kind_of(node) == "view" and len(node.all_input_nodes) == 1:
+        node = node.all_input_nodes[0]
+    return node
 
 
 def _structure(

@@ -272,7 +272,9 @@ class _Pass:
         return (1.0 if op.kind in MODEL_KINDS else self.whole_share), False
 
     def count_parameters(self, op: Operator, own: list[str], *, is_linear: bool) -> None:
-        """Adds the parameters that no earlier operator used."""
+        """Adds the parameters that no earlier operator used; views leave them to who computes with them."""
+        if op.kind == "view":
+            return
         t = self.split.tp
         for name in own:
             if name in self.counted:
