@@ -1,4 +1,4 @@
-"""TARGET -> Job: a function in a file or a module, or a transformers architecture."""
+"""TARGET -> Job: a function in a file or a module, a transformers architecture, or an ONNX file."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ __all__ = ["check_target", "load_target"]
 
 
 def load_target(text: str) -> Job:
-    """The Job that a TARGET stands for: `path/file.py:function?key=value`, `package.module:function`, `hf:MODEL_TYPE`.
+    """The Job that a TARGET stands for: `path/file.py:function?key=value`, `package.module:function`, `hf:MODEL_TYPE`,
+    `onnx:FILE.onnx`.
 
     The function's arguments are converted to the type of their annotation or default value. While the file is loaded
     and its function runs, its folder (the working directory for a module) can be imported from; not afterwards.
@@ -37,6 +38,10 @@ def load_target(text: str) -> Job:
         from plait.capture.huggingface import transformers_job
 
         return transformers_job(target.place.removeprefix("hf:"), target.arguments)
+    if target.place.startswith("onnx:"):
+        from plait.capture.onnx.job import onnx_job
+
+        return onnx_job(target.place.removeprefix("onnx:"), target.arguments)
     place, name = _place_and_name(target.place)
     is_file = _is_file(place)
     with _importable(Path(place).resolve().parent if is_file else Path.cwd()):
@@ -68,6 +73,11 @@ def check_target(text: str) -> None:
     """
     target = TargetText.parse(text)
     if target.place.startswith("hf:"):
+        return
+    if target.place.startswith("onnx:"):
+        file = Path(target.place.removeprefix("onnx:"))
+        if not file.is_file():
+            raise TargetError(f"target {target.place}: {'is a folder' if file.is_dir() else 'no such file'}")
         return
     place, _ = _place_and_name(target.place)
     if _is_file(place) and not Path(place).is_file():

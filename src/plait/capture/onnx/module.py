@@ -1,0 +1,183 @@
+"""An ONNX graph as a torch module that trains."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from plait.capture.arguments import nearest
+from plait.capture.onnx.ops import elementwise, layers, recurrent, resize, shapes  # noqa: F401  fill the table
+from plait.capture.onnx.ops.host import HOST, LARGEST_HOST
+from plait.capture.onnx.ops.table import OPERATORS
+from plait.capture.onnx.read import OnnxFile, OnnxNode
+from plait.capture.onnx.values import Array, Call, Value, constant_tensor
+from plait.capture.onnx.weights import Roles
+from plait.errors import TargetError
+
+__all__ = ["OnnxModule"]
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    node: OnnxNode
+    last: tuple[str, ...]
+    """Values that nothing needs after this node."""
+
+
+class OnnxModule(nn.Module):
+    """The graph, node by node; weights under the file's own names.
+
+    `forward(*inputs)` takes the inputs in the file's order, `forward(**inputs)` by name; it gives the one output, or a tuple.
+    Batch norm and dropout follow `.train()` and `.eval()` as in any torch module.
+    """
+
+    def __init__(self, file: OnnxFile, roles: Roles) -> None:
+        super().__init__()
+        refuse_unknown(file)
+        self.input_names = [value.name for value in file.inputs]
+        self.output_names = list(file.outputs)
+        self.opset = file.opset
+        self.names: dict[str, str] = {}
+        """The file's name of a weight -> its name in this module."""
+        self._small: dict[str, Array] = {}
+        self._transposed = {name: first for name, first in roles.transposed.items() if first in file.constants}
+        parameters = set(roles.parameters)
+        for name, array in file.constants.items():
+            if name in self._transposed:
+                continue
+            if name not in parameters and name not in roles.statistics and array.size <= LARGEST_HOST:
+                self._small[name] = array
+                continue
+            self._register(name, array, trains=name in parameters)
+        self._steps = _steps(file)
+
+    def _register(self, name: str, array: Array, *, trains: bool) -> None:
+        try:
+            tensor = constant_tensor(array)
+        except TypeError as problem:
+            raise TargetError(f"weight {name!r}: {problem}") from None
+        *path, leaf = _path(name)
+        owner: nn.Module = self
+        done = []
+        for part in path:
+            name_here = part if part in owner._modules else _free(owner, part)
+            if name_here not in owner._modules:
+                owner.add_module(name_here, nn.Module())
+            owner = owner.get_submodule(name_here)
+            done.append(name_here)
+        leaf = _free(owner, leaf)
+        if trains:
+            owner.register_parameter(leaf, nn.Parameter(tensor))
+        else:
+            owner.register_buffer(leaf, tensor)
+        self.names[name] = ".".join([*done, leaf])
+
+    def forward(self, *inputs: Any, **named: Any) -> Any:
+        """The outputs: one tensor, or a tuple of them."""
+        given = dict(zip(self.input_names, inputs, strict=False))
+        unknown = [name for name in named if name not in self.input_names or name in given]
+        if unknown or len(inputs) > len(self.input_names):
+            raise TypeError(f"the model takes {', '.join(self.input_names)}, not {unknown or len(inputs)}")
+        given.update(named)
+        missing = [name for name in self.input_names if name not in given]
+        if missing:
+            raise TypeError(f"the input {missing[0]!r} is missing")
+        values: dict[str, Value] = {**self._small, **given}
+        for name, path in self.names.items():
+            owner, _, leaf = path.rpartition(".")
+            values[name] = getattr(self.get_submodule(owner), leaf)
+        device = next(
+            (value.device for value in values.values() if isinstance(value, torch.Tensor)), torch.device("cpu")
+        )
+        for step in self._steps:
+            self._run(step.node, values, device)
+            for name in step.last:
+                values.pop(name, None)
+        results = [self._value(name, values) for name in self.output_names]
+        call = Call(_NOWHERE, self.training, device)
+        tensors = tuple(call.tensor(value) for value in results if value is not None)
+        return tensors[0] if len(tensors) == 1 else tensors
+
+    def _value(self, name: str, values: dict[str, Value]) -> Value:
+        if name not in self._transposed:
+            return values[name]
+        # Turned where it is used: a view of a weight that lived from the start would bar every cut of the graph.
+        first = values[self._transposed[name]]
+        assert isinstance(first, torch.Tensor)
+        return first.t()
+
+    def _run(self, node: OnnxNode, values: dict[str, Value], device: torch.device) -> None:
+        inputs = [self._value(name, values) if name else None for name in node.inputs]
+        call = Call(node, self.training, device)
+        try:
+            found = _apply(call, inputs)
+        except Exception as problem:
+            problem.add_note(f"in {node} of the ONNX graph")
+            raise
+        outputs = found if isinstance(found, tuple) else (found,)
+        values.update(zip(node.outputs, outputs, strict=False))
+        absent = [name for name in node.outputs[len(outputs) :] if name]
+        if absent:
+            raise NotImplementedError(f"{node}: its output {absent[0]!r} is not made")
+
+
+_NOWHERE = OnnxNode(name="", op="", domain="", inputs=(), outputs=(), attributes={}, opset=0)
+
+
+def _apply(call: Call, inputs: list[Value]) -> Any:
+    node = call.node
+    arrays = [value for value in inputs if value is not None]
+    if node.domain == "" and node.op in HOST and all(isinstance(value, np.ndarray) for value in arrays):
+        found = HOST[node.op](call, *inputs)
+        if found is not None and found.size <= 16 * LARGEST_HOST:
+            return found
+    operator = OPERATORS[node.domain, node.op]
+    if operator.raw:
+        return operator.function(call, *inputs)
+    return operator.function(call, *(None if value is None else call.tensor(value) for value in inputs))
+
+
+def refuse_unknown(file: OnnxFile) -> None:
+    """Raise TargetError for the first operator that the table lacks, with how many others there are."""
+    unknown = [node for node in file.nodes if (node.domain, node.op) not in OPERATORS]
+    if not unknown:
+        return
+    first = unknown[0]
+    kinds = sorted({f"{node.domain}.{node.op}".lstrip(".") for node in unknown})
+    known = [name for domain, name in OPERATORS if domain == first.domain]
+    others = f" (nor does it import {', '.join(kinds[1:6])})" if len(kinds) > 1 else ""
+    raise TargetError(
+        f"{file.path}: {first}: plait imports no such operator{nearest(first.op, known)}{others}",
+        hint="export with a lower opset or other settings, or open an issue that names the operator",
+    )
+
+
+def _steps(file: OnnxFile) -> list[_Step]:
+    last: dict[str, int] = {}
+    for index, node in enumerate(file.nodes):
+        last.update(dict.fromkeys((*node.inputs, *node.outputs), index))
+    kept = {*file.outputs, *file.constants, ""}
+    ends: list[list[str]] = [[] for _ in file.nodes]
+    for name, index in last.items():
+        if name not in kept:
+            ends[index].append(name)
+    return [_Step(node, tuple(end)) for node, end in zip(file.nodes, ends, strict=True)]
+
+
+def _path(name: str) -> list[str]:
+    """`layers.0.weight` as torch has it; what an attribute's name may not hold becomes an underscore."""
+    parts = [re.sub(r"\W", "_", part) for part in name.split(".")]
+    return [part for part in parts if part] or ["weight"]
+
+
+def _free(owner: nn.Module, name: str) -> str:
+    taken: Iterable[str] = {*owner._parameters, *owner._buffers, *owner._modules}
+    while name in taken or hasattr(nn.Module, name) or name in owner.__dict__:
+        name += "_"
+    return name

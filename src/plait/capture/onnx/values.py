@@ -1,0 +1,121 @@
+"""Values that flow through an imported graph, and what an operator is told.
+
+Shapes are worked out by the graph itself (Shape, Gather, Concat, Reshape). So that they stay sizes, which torch.export
+can follow, and do not become tensors of data, small whole numbers are numpy arrays on the host; where a size is open
+they hold torch's SymInts.
+
+    torch.Tensor     data, parameters, large constants
+    numpy.ndarray    sizes, axes, small constants; dtype object where a size may be a SymInt
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from plait.capture.onnx.read import OnnxNode
+
+__all__ = ["DTYPES", "Array", "Call", "Value", "constant_tensor", "dtype_of", "is_static"]
+
+Array = np.ndarray[Any, Any]
+Value = torch.Tensor | Array | None
+
+# Numbers of onnx.TensorProto.DataType.
+DTYPES = {
+    1: torch.float32,
+    2: torch.uint8,
+    3: torch.int8,
+    4: torch.uint16,
+    5: torch.int16,
+    6: torch.int32,
+    7: torch.int64,
+    9: torch.bool,
+    10: torch.float16,
+    11: torch.float64,
+    12: torch.uint32,
+    13: torch.uint64,
+    14: torch.complex64,
+    15: torch.complex128,
+    16: torch.bfloat16,
+}
+
+
+def dtype_of(array: Array) -> torch.dtype:
+    """torch's dtype of a numpy array; a host array of sizes is int64."""
+    if array.dtype == object:
+        return torch.int64
+    return getattr(torch, array.dtype.name, None) or _refused(array)
+
+
+def _refused(array: Array) -> torch.dtype:
+    raise TypeError(f"torch trains no {array.dtype}")
+
+
+def constant_tensor(array: Array) -> torch.Tensor:
+    """A tensor of its own memory with the array's values."""
+    if array.dtype.name == "bfloat16":  # numpy has it by ml_dtypes only, which torch does not read
+        return torch.from_numpy(array.view(np.int16).copy()).view(torch.bfloat16)
+    return torch.from_numpy(np.array(array, order="C")).to(dtype_of(array))
+
+
+def is_static(array: Array) -> bool:
+    """Whether no open size stands in it."""
+    return array.dtype != object or all(isinstance(item, int | np.integer) for item in array.flat)
+
+
+@dataclass(slots=True)
+class Call:
+    """One operator at the moment it runs."""
+
+    node: OnnxNode
+    training: bool
+    device: torch.device
+
+    @property
+    def opset(self) -> int:
+        """Of the operator's domain."""
+        return self.node.opset
+
+    def attribute(self, name: str, default: Any = None) -> Any:
+        """An attribute's value or its default."""
+        return self.node.attributes.get(name, default)
+
+    def refuse(self, why: str) -> NotImplementedError:
+        """An error to raise, which names the node."""
+        return NotImplementedError(why)
+
+    def tensor(self, value: torch.Tensor | Array) -> torch.Tensor:
+        """The value as a tensor."""
+        if isinstance(value, torch.Tensor):
+            return value
+        if is_static(value):
+            plain = value.astype(np.int64) if value.dtype == object else value
+            if plain.ndim == 0:
+                return torch.full((), plain.item(), dtype=dtype_of(plain), device=self.device)
+            return constant_tensor(plain).to(self.device)
+        items = [torch.scalar_tensor(item, dtype=torch.int64, device=self.device) for item in value.flat]
+        return torch.stack(items).reshape(value.shape)
+
+    def numbers(self, value: Value, what: str) -> list[Any]:
+        """Whole numbers (or open sizes) that must be known while the graph is read: axes, shapes, pads."""
+        if isinstance(value, torch.Tensor):
+            raise self.refuse(f"its {what} depends on the values of the data")
+        if value is None:
+            raise self.refuse(f"its {what} is missing")
+        return [item if isinstance(item, torch.SymInt) else int(item) for item in value.flat]
+
+    def floats(self, value: Value, what: str) -> list[float]:
+        """The same for fractions, such as the scales of a Resize."""
+        if isinstance(value, torch.Tensor) or value is None or not is_static(value):
+            raise self.refuse(f"its {what} is not a constant")
+        return [float(item) for item in value.flat]
+
+    def axes(self, value: Value, default: Any = None) -> list[Any] | None:
+        """Axes from the input where it is given (newer opsets), else from the attribute."""
+        if value is not None:
+            return self.numbers(value, "axes")
+        found = self.attribute("axes", default)
+        return None if found is None else [int(axis) for axis in found]
