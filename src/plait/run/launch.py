@@ -116,6 +116,8 @@ def _train_here(target: str, plan: Plan, folder: Path, data: Path | None, option
     from plait.run.train import TrainOptions, train
 
     job = load_target(target)
+    if os.environ.get("RANK", "0") == "0":
+        _write_what_runs(folder, target)
     text = getattr(job, "text", None)
     if text is not None and job.data is None:
         from plait.run.data import text_samples
@@ -124,6 +126,14 @@ def _train_here(target: str, plan: Plan, folder: Path, data: Path | None, option
     elif data is not None:
         raise PlanError(f"train: --data {data} is for hf: targets that read text; this target brings its own data")
     return train(job, plan, TrainOptions(run_dir=folder, **options))
+
+
+def _write_what_runs(folder: Path, target: str) -> None:
+    """Note in the run directory what is trained there, for `plait export` and whoever finds it later."""
+    folder.mkdir(parents=True, exist_ok=True)
+    aside = folder / f"run.json.{os.getpid()}"
+    aside.write_text(json_module.dumps({"target": target, "cwd": str(Path.cwd())}), encoding="utf-8")
+    aside.replace(folder / "run.json")
 
 
 def _verify_here(target: str, plan: Plan, steps: int, batch: int | None, seed: int) -> dict[str, Any]:
