@@ -57,7 +57,7 @@ class OnnxLoss:
 
     def __call__(self, outputs: Any, targets: torch.Tensor) -> torch.Tensor:
         """A scalar."""
-        out = outputs[self.index] if isinstance(outputs, tuple | list) else outputs
+        out: torch.Tensor = outputs[self.index] if isinstance(outputs, tuple | list) else outputs
         match self.kind:
             case "cross_entropy":
                 return F.cross_entropy(out.flatten(0, -2), targets.flatten())

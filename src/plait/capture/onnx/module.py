@@ -16,7 +16,7 @@ from plait.capture.onnx.ops import elementwise, layers, recurrent, resize, shape
 from plait.capture.onnx.ops.host import HOST, LARGEST_HOST
 from plait.capture.onnx.ops.table import OPERATORS
 from plait.capture.onnx.read import OnnxFile, OnnxNode
-from plait.capture.onnx.values import Array, Call, Value, constant_tensor
+from plait.capture.onnx.values import Array, Call, Value, constant_tensor, host_array
 from plait.capture.onnx.weights import Roles
 from plait.errors import TargetError
 
@@ -135,8 +135,10 @@ def _apply(call: Call, inputs: list[Value]) -> Any:
     arrays = [value for value in inputs if value is not None]
     if node.domain == "" and node.op in HOST and all(isinstance(value, np.ndarray) for value in arrays):
         found = HOST[node.op](call, *inputs)
-        if found is not None and found.size <= 16 * LARGEST_HOST:
-            return found
+        if found is not None:
+            array = host_array(found)
+            if array.size <= 16 * LARGEST_HOST:
+                return array
     operator = OPERATORS[node.domain, node.op]
     if operator.raw:
         return operator.function(call, *inputs)

@@ -98,7 +98,7 @@ def read_onnx(path: Path | str) -> OnnxFile:
         )
     graph = model.graph
     tensors = _Tensors(path)
-    constants = {}
+    constants: dict[str, np.ndarray[Any, Any]] = {}
     for tensor in graph.initializer:
         _once(path, tensor.name, constants)
         constants[tensor.name] = tensors.read(tensor, tensor.name)

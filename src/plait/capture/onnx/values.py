@@ -18,7 +18,7 @@ import torch
 
 from plait.capture.onnx.read import OnnxNode
 
-__all__ = ["DTYPES", "Array", "Call", "Value", "constant_tensor", "dtype_of", "is_static"]
+__all__ = ["DTYPES", "Array", "Call", "Value", "constant_tensor", "dtype_of", "host_array", "is_static"]
 
 Array = np.ndarray[Any, Any]
 Value = torch.Tensor | Array | None
@@ -59,6 +59,15 @@ def constant_tensor(array: Array) -> torch.Tensor:
     if array.dtype.name == "bfloat16":  # numpy has it by ml_dtypes only, which torch does not read
         return torch.from_numpy(array.view(np.int16).copy()).view(torch.bfloat16)
     return torch.from_numpy(np.array(array, order="C")).to(dtype_of(array))
+
+
+def host_array(value: Any) -> Array:
+    """A host value as an array; numpy gives a bare Python number or SymInt for arrays of dtype object without dims."""
+    if isinstance(value, np.ndarray | np.generic):
+        return np.asarray(value)
+    found = np.empty((), dtype=object)
+    found[()] = value
+    return found
 
 
 def is_static(array: Array) -> bool:

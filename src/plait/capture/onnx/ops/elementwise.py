@@ -207,7 +207,8 @@ def _celu(call: Call, x: _Tensor) -> _Tensor:
 def _selu(call: Call, x: _Tensor) -> _Tensor:
     alpha = call.attribute("alpha", 1.6732632423543772)
     gamma = call.attribute("gamma", 1.0507009873554805)
-    return gamma * (torch.clamp(x, min=0) + alpha * (torch.exp(torch.clamp(x, max=0)) - 1))
+    bent: _Tensor = torch.clamp(x, min=0) + alpha * (torch.exp(torch.clamp(x, max=0)) - 1)
+    return bent * float(gamma)
 
 
 @operator("ThresholdedRelu")

@@ -131,7 +131,7 @@ def _reshape(call: Call, a: Array, shape: Array | None = None) -> Array:
 
 @_host("Slice")
 def _slice(call: Call, a: Array, *places: Array | None) -> Array:
-    starts, ends, axes, steps = (*places, *[None] * (4 - len(places)))
+    starts, ends, axes, steps = [*places, None, None, None, None][:4]
     first = call.attribute("starts") if starts is None else call.numbers(starts, "starts")
     last = call.attribute("ends") if ends is None else call.numbers(ends, "ends")
     along = call.axes(axes) or list(range(len(first)))
@@ -154,7 +154,7 @@ def _reduce(call: Call, a: Array, axes: Array | None = None) -> Array | None:
     found = call.axes(axes)
     if found == [] or (found is None and call.attribute("noop_with_empty_axes", 0)):
         return None
-    function = {"ReduceProd": np.prod, "ReduceSum": np.sum, "ReduceMax": np.max, "ReduceMin": np.min}[call.node.op]
+    function: Any = {"ReduceProd": np.prod, "ReduceSum": np.sum, "ReduceMax": np.max, "ReduceMin": np.min}[call.node.op]
     along = None if found is None else tuple(found)
     return np.asarray(function(a, axis=along, keepdims=bool(call.attribute("keepdims", 1))))
 

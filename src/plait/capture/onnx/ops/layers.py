@@ -145,11 +145,11 @@ def _average_pool(call: Call, x: _Tensor) -> _Tensor:
     if pads[:rank] == pads[rank:] and all(2 * p <= k for p, k in zip(pads, kernel + kernel, strict=True)):
         out: _Tensor = pool(x, kernel, stride, pads[:rank], ceil, counts_pads)
         return out
-    padded, _ = _padded(x, pads)
-    mean: _Tensor = pool(padded, kernel, stride, 0, ceil)
+    flat = [size for i in reversed(range(rank)) for size in (pads[i], pads[i + rank])]
+    mean: _Tensor = pool(F.pad(x, flat), kernel, stride, 0, ceil)
     if counts_pads:
         return mean
-    share: _Tensor = pool(_padded(torch.ones_like(x[:1, :1]), pads)[0], kernel, stride, 0, ceil)
+    share: _Tensor = pool(F.pad(torch.ones_like(x[:1, :1]), flat), kernel, stride, 0, ceil)
     return mean / share
 
 
@@ -173,12 +173,17 @@ def _instance_norm(call: Call, x: _Tensor, scale: _Tensor, bias: _Tensor) -> _Te
 
 @operator("LayerNormalization")
 @operator("LayerNormalization", domain="com.microsoft")
-def _layer_norm(call: Call, x: _Tensor, scale: _Tensor, bias: _Tensor | None = None) -> _Tensor:
+def _layer_norm(call: Call, x: _Tensor, scale: _Tensor, bias: _Tensor | None = None) -> Any:
     axis = call.attribute("axis", -1) % x.dim()
     shape = list(x.shape[axis:])
     plain = list(scale.shape) == shape and (bias is None or list(bias.shape) == shape)
     normed = F.layer_norm(x, shape, scale if plain else None, bias if plain else None, call.attribute("epsilon", 1e-5))
-    return normed if plain else normed * scale + (0 if bias is None else bias)
+    out = normed if plain else normed * scale + (0 if bias is None else bias)
+    if len(call.node.outputs) == 1:
+        return out
+    dims = list(range(axis, x.dim()))
+    variance, mean = torch.var_mean(x, dims, correction=0, keepdim=True)
+    return out, mean, torch.rsqrt(variance + call.attribute("epsilon", 1e-5))
 
 
 @operator("RMSNormalization", "SimplifiedLayerNormalization")
@@ -200,7 +205,8 @@ def _group_norm(call: Call, x: _Tensor, scale: _Tensor, bias: _Tensor) -> _Tenso
 @operator("LpNormalization")
 def _lp_norm(call: Call, x: _Tensor) -> _Tensor:
     axis, p = call.attribute("axis", -1), call.attribute("p", 2)
-    return x / torch.linalg.vector_norm(x, p, axis, keepdim=True)
+    length: _Tensor = torch.linalg.vector_norm(x, p, axis, keepdim=True)
+    return x / length.clamp(min=torch.finfo(x.dtype).tiny)
 
 
 @operator("LRN")
@@ -227,7 +233,7 @@ def _softmax(call: Call, x: _Tensor) -> _Tensor:
 def _rotary(call: Call, x: _Tensor, cos: _Tensor, sin: _Tensor, places: _Tensor | None = None) -> _Tensor:
     heads, flat = call.attribute("num_heads", 0), x.dim() == 3
     if flat:
-        x = x.unflatten(-1, (heads, -1)).transpose(1, 2)
+        x = x.reshape(*x.shape[:2], heads, -1).transpose(1, 2)
     if places is not None:
         cos, sin = cos[places], sin[places]
     width = call.attribute("rotary_embedding_dim", 0) or x.shape[-1]
@@ -247,14 +253,16 @@ def _rotary(call: Call, x: _Tensor, cos: _Tensor, sin: _Tensor, places: _Tensor 
 def _attention(call: Call, q: Value, k: Value, v: Value, mask: Value = None, *others: Value) -> _Tensor:
     if any(other is not None for other in others) or len([name for name in call.node.outputs if name]) > 1:
         raise call.refuse("a key-value cache or its further outputs")
-    if call.attribute("softcap", 0.0) or call.attribute("qk_matmul_output_mode", 0):
-        raise call.refuse("softcap")
+    further = set(call.node.attributes) - {"q_num_heads", "kv_num_heads", "is_causal", "scale", "softmax_precision"}
+    asked = sorted(name for name in further if call.attribute(name) not in (0, -1))
+    if asked:
+        raise call.refuse(f"its {asked[0]}")
     parts, flat = [], False
     for value, name in ((q, "q_num_heads"), (k, "kv_num_heads"), (v, "kv_num_heads")):
         assert value is not None
         tensor = call.tensor(value)
         if tensor.dim() == 3:
-            tensor, flat = tensor.unflatten(-1, (call.attribute(name), -1)).transpose(1, 2), True
+            tensor, flat = tensor.reshape(*tensor.shape[:2], call.attribute(name), -1).transpose(1, 2), True
         parts.append(tensor)
     query, key, values = parts
     if key.shape[1] != query.shape[1]:

@@ -51,21 +51,21 @@ def _recurrent(
         if directions == 2:
             raise call.refuse("two directions with linear_before_reset=0")
         y, last = _gru_reset_first(tensor, flat, starts[0])
-        ends = (last,)
+        ends = [last]
     else:
         function: Any = {"LSTM": torch.lstm, "GRU": torch.gru, "RNN": torch.rnn_tanh}[kind]
         state = starts if kind == "LSTM" else starts[0]
         y, *ends = function(tensor, state, flat, True, 1, 0.0, False, directions == 2, False)
     if backwards:
         y = y.flip(0)
-    y = y.unflatten(-1, (directions, hidden)).transpose(1, 2)
+    y = y.reshape(*y.shape[:2], directions, hidden).transpose(1, 2)
     if batch_first:
         y, ends = y.permute(2, 0, 1, 3), [end.transpose(0, 1) for end in ends]
     return (y, *ends)
 
 
 def _gates(part: _Tensor, order: tuple[int, ...], hidden: int) -> _Tensor:
-    blocks = part.split(hidden, 0)
+    blocks: Any = torch.split(part, hidden, 0)
     return torch.cat([blocks[index] for index in order], 0) if len(order) > 1 else part
 
 

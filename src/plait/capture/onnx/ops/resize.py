@@ -20,7 +20,7 @@ def _resize(call: Call, x: Value, *others: Value) -> torch.Tensor:
     if call.node.op == "Upsample" or call.opset == 10:
         roi, sizes, scales = None, None, others[0] if others else None
     else:
-        roi, scales, sizes = (*others, *[None] * (3 - len(others)))
+        roi, scales, sizes = [*others, None, None, None][:3]
     if call.attribute("antialias", 0) or call.attribute("coordinate_transformation_mode") == "tf_crop_and_resize":
         raise call.refuse("antialiasing, or a region of interest")
     if call.attribute("keep_aspect_ratio_policy", "stretch") != "stretch":
@@ -61,7 +61,7 @@ def _coordinates(call: Call, size: int, length: int, factor: float) -> np.ndarra
     default = "half_pixel" if call.opset > 10 and call.node.op == "Resize" else "asymmetric"
     mode = call.attribute("coordinate_transformation_mode", default)
     if mode == "align_corners":
-        return new * (size - 1) / (length - 1) if length > 1 else new * 0
+        return new * (size - 1) / (size * factor - 1) if length > 1 else new * 0
     if mode == "asymmetric":
         return new / factor
     if mode == "half_pixel_symmetric":

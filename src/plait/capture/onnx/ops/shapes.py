@@ -50,7 +50,8 @@ def _reshape(call: Call, x: Value, shape: Value = None) -> _Tensor:
 
 @operator("Flatten")
 def _flatten(call: Call, x: _Tensor) -> _Tensor:
-    axis = call.attribute("axis", 1) % (x.dim() + 1 if x.dim() else 1)
+    axis = call.attribute("axis", 1)
+    axis += x.dim() if axis < 0 else 0
     if 0 < axis < x.dim():
         return x.flatten(axis).flatten(0, axis - 1)
     return x.reshape(1, -1) if axis == 0 else x.reshape(-1, 1)
@@ -96,15 +97,15 @@ def _split(call: Call, x: Value, sizes: Value = None) -> tuple[_Tensor, ...]:
     given = call.attribute("split") if sizes is None else call.numbers(sizes, "split")
     if given is None:
         parts = call.attribute("num_outputs", len(call.node.outputs))
-        return tensor.split(-(-tensor.shape[axis] // parts), axis)
-    return tensor.split(list(given), axis)
+        return torch.split(tensor, -(-tensor.shape[axis] // parts), axis)
+    return torch.split(tensor, list(given), axis)
 
 
 @operator("Slice", raw=True)
 def _slice(call: Call, x: Value, *places: Value) -> _Tensor:
     assert x is not None
     tensor = call.tensor(x)
-    starts, ends, axes, steps = (*places, *[None] * (4 - len(places)))
+    starts, ends, axes, steps = [*places, None, None, None, None][:4]
     first = call.attribute("starts") if starts is None else call.numbers(starts, "starts")
     last = call.attribute("ends") if ends is None else call.numbers(ends, "ends")
     along = call.axes(axes) or list(range(len(first)))
@@ -127,7 +128,8 @@ def _expand(call: Call, x: Value, shape: Value) -> _Tensor:
     tensor, sizes = call.tensor(x), call.numbers(shape, "shape")
     if all(isinstance(size, int) for size in sizes) and math.prod(sizes) > _LARGEST * max(1, tensor.numel()):
         raise call.refuse(f"it would make a tensor of {sizes}")
-    return tensor.expand(torch.broadcast_shapes(tensor.shape, sizes))
+    shape_of_both: Any = torch.broadcast_shapes(tensor.shape, sizes)  # type: ignore[no-untyped-call]
+    return tensor.expand(shape_of_both)
 
 
 @operator("Tile", raw=True)
@@ -162,7 +164,8 @@ def _range(call: Call, start: Value, limit: Value, step: Value) -> _Tensor:
 def _eye_like(call: Call, x: _Tensor) -> _Tensor:
     kind = DTYPES.get(call.attribute("dtype"), x.dtype)
     rows = torch.arange(x.shape[0], device=x.device).unsqueeze(1)
-    return (torch.arange(x.shape[1], device=x.device) - rows == call.attribute("k", 0)).to(kind)
+    places = torch.arange(x.shape[1], device=x.device) - rows
+    return torch.eq(places, call.attribute("k", 0)).to(kind)
 
 
 @operator("Gather", raw=True)
@@ -252,9 +255,8 @@ def _pad(call: Call, x: Value, pads: Value = None, value: Value = None, axes: Va
     for axis, (before, after) in each.items():
         if (before, after) != (0, 0):
             size = tensor.shape[axis]
-            picked = np.pad(
-                np.arange(size), (before, after), mode={"edge": "edge", "reflect": "reflect"}.get(mode, "wrap")
-            )
+            how: Any = mode if mode in ("edge", "reflect") else "wrap"
+            picked = np.pad(np.arange(size), (before, after), mode=how)
             tensor = tensor.index_select(axis, torch.from_numpy(picked).to(call.device))
     return tensor
 
@@ -283,8 +285,10 @@ def _cumsum(call: Call, x: Value, axis: Value) -> _Tensor:
 def _top_k(call: Call, x: Value, k: Value = None) -> tuple[_Tensor, _Tensor]:
     assert x is not None
     count = call.attribute("k") if k is None else call.numbers(k, "k")[0]
-    found = torch.topk(call.tensor(x), count, call.attribute("axis", -1), bool(call.attribute("largest", 1)))
-    return found.values, found.indices
+    axis = call.attribute("axis", -1)
+    # Of equal values the one in front comes first, which torch.topk does not promise.
+    values, indices = torch.sort(call.tensor(x), dim=axis, descending=bool(call.attribute("largest", 1)), stable=True)
+    return values.narrow(axis, 0, count), indices.narrow(axis, 0, count)
 
 
 @operator("ArgMax", "ArgMin")
@@ -292,7 +296,7 @@ def _arg_extreme(call: Call, x: _Tensor) -> _Tensor:
     axis, keep = call.attribute("axis", 0), bool(call.attribute("keepdims", 1))
     if call.attribute("select_last_index", 0):
         raise call.refuse("select_last_index")
-    return (torch.argmax if call.node.op == "ArgMax" else torch.argmin)(x, axis, keep)
+    return torch.argmax(x, axis, keep) if call.node.op == "ArgMax" else torch.argmin(x, axis, keep)
 
 
 @operator("DepthToSpace")
@@ -307,7 +311,8 @@ def _depth_to_space(call: Call, x: _Tensor) -> _Tensor:
 @operator("SpaceToDepth")
 def _space_to_depth(call: Call, x: _Tensor) -> _Tensor:
     block, (n, c, h, w) = call.attribute("blocksize"), x.shape
-    x = x.reshape(n, c, h // block, block, w // block, block).permute(0, 3, 5, 1, 2, 4)
+    crd = call.attribute("mode", "DCR") == "CRD"
+    x = x.reshape(n, c, h // block, block, w // block, block).permute((0, 1, 3, 5, 2, 4) if crd else (0, 3, 5, 1, 2, 4))
     return x.reshape(n, c * block**2, h // block, w // block)
 
 
@@ -327,7 +332,8 @@ def _reduce(call: Call, x: Value, axes: Value = None) -> _Tensor:
         for axis in sorted((axis % tensor.dim() for axis in found), reverse=True):
             tensor = tensor.prod(axis, keepdim=keep)
         return tensor
-    return _REDUCTIONS[call.node.op](tensor, found, keep).to(tensor.dtype)
+    reduced: _Tensor = _REDUCTIONS[call.node.op](tensor, found, keep)
+    return reduced.to(tensor.dtype)
 
 
 _REDUCTIONS: dict[str, Any] = {
