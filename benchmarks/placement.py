@@ -1,6 +1,6 @@
 """The chosen threads and cores against the defaults, in turns on one computer.
 
-    python benchmarks/placement.py [--ways 1,2,4] [--rounds 5] [--steps 12] [-o benchmarks/results/placement.md]
+    python benchmarks/placement.py [--ways "train 1;serve 1"] [--rounds 5] [--steps 12] [-o benchmarks/results/placement.md]
 
 Contenders, each in processes of its own that sleep while another works:
 
@@ -154,7 +154,7 @@ def row(way: str, found: dict[str, list[float]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--ways", default="1,2,4", help="numbers of processes")
+    parser.add_argument("--ways", default=";".join(WAYS), help="separated by semicolons")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("-o", "--output", type=Path)
@@ -172,10 +172,9 @@ def main() -> None:
         "|---|---|---|---|---|---|---|---|",
     ]
     print("\n".join(lines), flush=True)
-    for way, (processes, _) in WAYS.items():
-        if str(processes) in arguments.ways.split(","):
-            lines.append(row(way, race(way, arguments.rounds, arguments.steps)))
-            print(lines[-1], flush=True)
+    for way in arguments.ways.split(";"):
+        lines.append(row(way, race(way, arguments.rounds, arguments.steps)))
+        print(lines[-1], flush=True)
     if arguments.output:
         arguments.output.write_text("\n".join(lines) + "\n", encoding="utf-8")
 

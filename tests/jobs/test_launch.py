@@ -132,7 +132,15 @@ def test_files_that_were_changed_are_kept(project: Path, capsys):
         (("--gpu-type", "Inferentia1"), "launch: AWS Inferentia1 cannot train", "--trains"),
         (("--batch", "1"), "plan: a batch of 1 is smaller", "--batch"),
         (("-o", "."), "launch: the job's files need a folder of their own", "-o"),
-        (("--to", "skypilot", "-o", "/elsewhere"), "launch: skypilot sends the working directory along", "-o"),
+        (("--to", "azureml", "-o", "/elsewhere"), "launch: azureml sends the working directory along", "-o"),
+        (("-o", "-x"), "launch: --output '-x' holds a character", ""),
+        (("--run-dir", "runs/$(id)"), "launch: --run-dir 'runs/$(id)' holds a character", ""),
+        (("--run-dir", 'a"b'), "launch: --run-dir 'a\"b' holds a character", ""),
+        (("--run-dir", "a`id`"), "launch: --run-dir 'a`id`' holds a character", ""),
+        (("--run-dir", "a\nb"), "launch: --run-dir 'a\\nb' holds a character", ""),
+        (("--data", "a\nb"), "launch: --data 'a\\nb' holds a character that cannot be printed", ""),
+        (("--to", "torchrun", "--hosts", "a,-oProxyCommand"), "launch: --hosts 'a,-oProxyCommand' holds", ""),
+        (("--name", "!!!"), "launch: '!!!' makes no name for a job", "--name"),
         (("--to", "torchrun", "--hosts", "a,b,c"), "launch: --hosts names 3 hosts, the job has 2 nodes", ""),
         (("--interface", "eth0; id"), "launch: --interface 'eth0; id' holds a character", ""),
         (("--image", "a$(id)"), "launch: --image 'a$(id)' holds a character", ""),
@@ -166,6 +174,65 @@ def test_hosts_of_a_slice_have_four_chips(project: Path, capsys):
 
     assert run(asked) == 2
     assert "--devices-per-node 4 --nodes 4" in capsys.readouterr().err
+
+
+def made_for(**more: str) -> list[str]:
+    """A launch of a plan file that `plait plan -o` would have written."""
+    lines = [f"{name}: {value}" for name, value in {"target": "tiny.py:job", **more}.items()]
+    Path("plan.yaml").write_text("\n".join([*lines, "plan:", "  dp: 2"]) + "\n", encoding="utf-8")
+    return ["launch", "tiny.py:job", "--plan", "plan.yaml", "--to", "slurm", "--json"]
+
+
+@pytest.mark.parametrize(
+    ("file", "more", "note"),
+    [
+        ({"cluster": "2xH100-SXM"}, ("--gpu-type", "A100"), "was made for 2xH100-SXM"),
+        ({"cluster": "2xcpu"}, ("--gpu-type", "A100"), "was made for 2xcpu"),
+        ({"cluster": "2xH100-SXM"}, ("--gpu-type", "cpu"), "was made for 2xH100-SXM"),
+        ({"cluster": "lab"}, (), "was made for the cluster lab"),
+        ({"target": "other.py:job"}, (), "was made for the target other.py:job"),
+        ({"cluster": "2xH100-SXM"}, ("--spot",), "--spot changes nothing here"),
+    ],
+)
+def test_a_plan_for_something_else_is_said(
+    project: Path, capsys, file: dict[str, str], more: tuple[str, ...], note: str
+):
+    """It is written all the same: the plan may do."""
+    assert run([*made_for(**file), *more]) == 0
+    assert note in " ".join(json.loads(capsys.readouterr().out)["notes"])
+
+
+@pytest.mark.parametrize("more", [(), ("--gpu-type", "H100-SXM")])
+def test_a_plan_for_what_is_launched_needs_no_note(project: Path, capsys, more: tuple[str, ...]):
+    """Under any of the part's names."""
+    assert run([*made_for(cluster="2xH100"), *more]) == 0
+    assert "was made for" not in " ".join(json.loads(capsys.readouterr().out)["notes"])
+
+
+def test_a_plan_for_processes_is_for_the_cpu(project: Path):
+    """`plait plan --cluster 2xcpu -o`: the job keeps off accelerators."""
+    assert run(made_for(cluster="2xcpu")) == 0
+    assert 'PLAIT_DEVICE="${PLAIT_DEVICE:-cpu}"' in Path("launch/tiny-slurm/node.sh").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("text", ["plan: [1]\n", "- 1\n", "plan:\n  dp: two\n", "plan:\n  dq: 2\n", "\x00", "a: [\n"])
+def test_a_broken_plan_file(project: Path, capsys, text: str):
+    """Status 2 and a short message, whatever it holds."""
+    Path("plan.yaml").write_text(text, encoding="utf-8")
+
+    assert run(["launch", "tiny.py:job", "--plan", "plan.yaml", "--to", "slurm"]) == 2
+    assert capsys.readouterr().err.startswith("error: plan file plan.yaml: ")
+    assert not Path("launch").exists()
+
+
+@pytest.mark.parametrize("engine", ["kubernetes", "kubeflow", "skypilot", "azureml", "sagemaker"])
+def test_a_target_that_nodes_do_not_get(project: Path, capsys, engine: str, tmp_path_factory):
+    """They get a copy of the working directory; a file outside is not in it."""
+    outside = tmp_path_factory.mktemp("elsewhere") / "tiny.py"
+    outside.write_text((project / "tiny.py").read_text(encoding="utf-8"), encoding="utf-8")
+
+    assert run(["launch", f"{outside}:job", "--plan", "dp=2", "--to", engine, "--gpu-type", "cpu"]) == 2
+    assert "it lies outside the working directory" in capsys.readouterr().err
 
 
 # -- --submit
@@ -250,13 +317,13 @@ def test_torchrun_over_ssh(project: Path, monkeypatch):
     """start.sh asks each host for its part of the run."""
     (project / "bin").mkdir()
     ssh = project / "bin" / "ssh"
-    ssh.write_text('#!/bin/sh\nfor last; do :; done\necho "$4 $last" >> asked.txt\n', encoding="utf-8")
+    ssh.write_text('#!/bin/sh\nfor last; do :; done\necho "$5 $last" >> asked.txt\n', encoding="utf-8")
     ssh.chmod(0o755)
     monkeypatch.setenv("PATH", f"{project}/bin:/usr/bin:/bin")
 
-    assert run([*words("torchrun"), "--hosts", "one,two", "--submit"]) == 0
+    assert run([*words("torchrun"), "--hosts", "me@one,two", "--submit"]) == 0
     asked = sorted((project / "asked.txt").read_text(encoding="utf-8").splitlines())
     assert [line.split(" PYTHON")[0] for line in asked] == [
-        "one NODE_RANK=0 MASTER_ADDR='one'",
-        "two NODE_RANK=1 MASTER_ADDR='one'",
+        "me@one NODE_RANK=0 MASTER_ADDR=one",
+        "two NODE_RANK=1 MASTER_ADDR=one",
     ]

@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from plait.cli.main import run
+from plait.hardware.probe import Measured, Probe
 
 # Stands in for the interpreter: answers the question for this node's address, passes the device check, and prints
 # the torchrun command, one word a line, then the environment.
@@ -21,6 +22,7 @@ case "$1 $2" in
     "-c "*getsockname*) echo 10.0.0.9; exit ;;
     "-c "*accelerator*) exit ;;
     "-m pip") exit ;;
+    "-m plait.hardware.placement") case "$*" in *--numactl) echo "$FAKE_NUMACTL" ;; *) echo 5 ;; esac; exit ;;
 esac
 printf '%s\\n' "$@"
 echo ENVIRONMENT
@@ -221,3 +223,104 @@ def test_a_node_without_its_accelerators_stops(project: Path):
     assert done.returncode == 1
     assert "torch finds" in done.stderr
     assert "the plan needs 8 in each node" in done.stderr
+
+
+ODD = 'it\'s $(touch pwned) `touch pwned` "x" & é'
+
+
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_a_folder_with_an_odd_name_is_only_a_name(project: Path, monkeypatch, nodes: int):
+    """Nothing in a path is run: neither here, nor by the shell at ssh's other end."""
+    odd = project / ODD
+    odd.mkdir()
+    (odd / "my model.py").write_text((project / "tiny.py").read_text(encoding="utf-8"), encoding="utf-8")
+    monkeypatch.chdir(odd)
+    more = ["--nodes", "2", "--hosts", "a,b"] if nodes == 2 else []
+    assert run(["launch", "my model.py:job?rate=$(touch pwned)", "--to", "torchrun", "--plan", "dp=2", "--gpu-type", "cpu", *more]) == 0  # fmt: skip
+    executable(project / "bin" / "python", PYTHON)
+    executable(project / "bin" / "ssh", '#!/bin/sh\nfor last; do :; done\nexec sh -c "$last"\n')
+    executable(project / "bin" / "nproc", "#!/bin/sh\necho 1\n")
+    script = odd / "launch" / "my-model-torchrun" / ("start.sh" if nodes == 2 else "node.sh")
+    environment = {"PATH": f"{project}/bin:{os.environ['PATH']}", "PYTHON": "python", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(["bash", script], env=environment, capture_output=True, text=True, timeout=60, check=False)
+
+    assert done.returncode == 0, done.stderr
+    assert f"my model.py:job?rate=$(touch pwned)\n--plan\n{odd}/launch/my-model-torchrun/plan.yaml\n" in done.stdout
+    assert not list(project.rglob("pwned"))
+
+
+def test_a_folder_outside_with_an_odd_name(project: Path, capsys, monkeypatch):
+    """Slurm's file names the folder itself: what would be more than a name there is refused."""
+    odd = project / ODD
+    (odd / "here").mkdir(parents=True)
+    (odd / "here" / "tiny.py").write_text((project / "tiny.py").read_text(encoding="utf-8"), encoding="utf-8")
+    monkeypatch.chdir(odd / "here")
+
+    assert run(["launch", "tiny.py:job", "--to", "slurm", "--plan", "dp=2", "-o", "../out"]) == 2
+    assert "--output" in capsys.readouterr().err
+    assert not (odd / "out").exists()
+
+
+def test_home_in_a_run_directory(project: Path):
+    """`--run-dir '~/runs'` is the node's home, although no shell expands ~ within quotes."""
+    launched("slurm", "--run-dir", "~/my runs")
+    words, _ = asked(project, "slurm")
+
+    assert words[words.index("--run-dir") + 1] == f"{project}/home/my runs"
+
+
+def measure(monkeypatch, cores: int, speeds: dict[int, float]) -> None:
+    """A probe of a computer with so many cores, whose copy is so fast by threads."""
+    figures = tuple(
+        Measured(name=f"copy/threads={threads}", value=speed, unit="B/s", spread=0.0, repeats=3)
+        for threads, speed in speeds.items()
+    )
+    probe = Probe(
+        host="lab", processor="Z80", cores=cores, memory_bytes=1e9, backend="gloo", torch_version="2", date="2026-11-24",
+        seconds=1.0, figures=figures,
+    )  # fmt: skip
+    monkeypatch.setattr("plait.jobs.launch.load_probe", lambda: probe)
+
+
+@pytest.mark.parametrize(("cores", "given", "threads"), [("8", "", "2"), ("6", "", "5"), ("8", "3", "3")])
+def test_threads_are_the_measured_ones(project: Path, monkeypatch, cores: str, given: str, threads: str):
+    """On a computer like the measured one; another is asked for its own; the user's own number wins."""
+    measure(monkeypatch, 8, {1: 1.0, 2: 2.0, 8: 2.0})
+    assert run(["launch", "tiny.py:job", "--to", "slurm", "--plan", "dp=4", "--nodes", "2", "--gpu-type", "cpu"]) == 0
+    executable(project / "bin" / "nproc", f"#!/bin/sh\necho {cores}\n")
+    text = Path("launch/tiny-slurm/node.sh").read_text(encoding="utf-8")
+    _, environment = asked(project, "slurm", **({"OMP_NUM_THREADS": given} if given else {}))
+
+    assert text.count("plait.hardware.placement --processes 2") == 1
+    assert "lab, Z80, 8 cores, 2026-11-24" in text
+    assert environment["OMP_NUM_THREADS"] == threads
+    assert environment["PLAIT_PIN"] == "1"
+    assert "#SBATCH --cpus-per-task=4\n" in Path("launch/tiny-slurm/job.sbatch").read_text(encoding="utf-8")
+
+
+def test_cores_are_asked_for(project: Path, monkeypatch):
+    """Processes x measured threads: Kubernetes' request and limit, SkyPilot's CPUs, machines with two vCPUs a core."""
+    measure(monkeypatch, 32, {1: 1.0, 32: 32.0})
+    found = {}
+    for engine, file in (("kubernetes", "job.yaml"), ("skypilot", "task.yaml"), ("azureml", "job.yaml"), ("sagemaker", "submit.py"), ("parallelcluster", "cluster.yaml")):  # fmt: skip
+        assert run(["launch", "tiny.py:job", "--to", engine, "--plan", "dp=2", "--gpu-type", "cpu"]) == 0
+        found[engine] = Path(f"launch/tiny-{engine}/{file}").read_text(encoding="utf-8")
+
+    assert (
+        "            requests:\n              cpu: '32'\n            limits:\n              cpu: '32'\n"
+        in found["kubernetes"]
+    )
+    assert "cpus: 32+" in found["skypilot"]
+    assert "--size Standard_D64s_v5" in found["azureml"]
+    assert "ml.c7i.16xlarge" in found["sagemaker"]
+    assert "InstanceType: c7i.16xlarge" in found["parallelcluster"]
+
+
+@pytest.mark.parametrize("words", ["numactl --interleave=0,1", ""])
+def test_one_process_over_numa_nodes_is_started_under_numactl(project: Path, words: str):
+    """Where the node says that it is needed; without, torchrun starts bare."""
+    assert run(["launch", "tiny.py:job", "--to", "torchrun", "--plan", "dp=1", "--gpu-type", "cpu"]) == 0
+    executable(project / "bin" / "numactl", '#!/bin/sh\necho "numactl $1"\nshift\nexec "$@"\n')
+    command, _ = asked(project, "torchrun", OMP_NUM_THREADS="1", FAKE_NUMACTL=words)
+
+    assert command[: 2 if words else 1] == ([words, "-m"] if words else ["-m"])

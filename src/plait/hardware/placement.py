@@ -14,15 +14,18 @@ Rules, for two NUMA nodes of four cores (`a` to `d` are processes):
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import math
 import os
 import re
+import shutil
+import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from plait.errors import HardwareError, RequestError
+from plait.errors import HardwareError, PlaitError, RequestError
 from plait.hardware.probe import Probe, load_probe
 from plait.schema.records import Record
 
@@ -312,3 +315,25 @@ def places_here(processes: int, environment: Mapping[str, str] | None = None) ->
 def place_here(processes: int = 1, index: int = 0, environment: Mapping[str, str] | None = None) -> Placement:
     """The one of `places_here` for local process `index`; alone, a server's own."""
     return places_here(processes, environment)[index]
+
+
+def _main(arguments: Sequence[str] | None = None) -> int:
+    """For job files: the number of threads, or the words of numactl, for the first of a node's processes."""
+    parser = argparse.ArgumentParser(prog="python -m plait.hardware.placement", description=__doc__)
+    parser.add_argument("--processes", type=int, required=True, metavar="N", help="of this node")
+    parser.add_argument(
+        "--numactl", action="store_true", help="numactl's words instead, where it is installed and needed"
+    )
+    asked = parser.parse_args(arguments)
+    try:
+        chosen = place_here(asked.processes)
+    except PlaitError as problem:
+        sys.stderr.write(f"error: {problem}\n")
+        return problem.exit_status
+    words = chosen.numactl() if shutil.which("numactl") else ()
+    sys.stdout.write(f"{' '.join(words) if asked.numactl else chosen.threads}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(_main())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from typing import Any
 
-from plait.jobs.names import need_name
+from plait.jobs.names import cpu_machine, need_name
 from plait.jobs.request import Engine, File, Job, Request, Submit
 from plait.jobs.shell import PACKAGE, Meeting, header, node_script, static_environment
 from plait.jobs.yaml_text import documents
@@ -19,11 +19,12 @@ _MEETING = Meeting(
     note="Azure ML sets them in every node, because the job's distribution is pytorch.",
 )
 _BASE = "mcr.microsoft.com/azureml/openmpi5.0-cuda12.4-ubuntu22.04"  # Azure ML's own GPU base image
+_STORE = "azureml://datastores/workspaceblobstore"  # every workspace has it
 _NOTES = (
     "code          the project's folder, sent along; TARGET is relative to it",
     "distribution  one process in each node: torchrun, which starts the devices' processes and restarts them",
-    "outputs.run   logs and checkpoints, on the workspace's storage. For a restarted or preempted job to go on, name a",
-    "              path of your own there: path: azureml://datastores/workspaceblobstore/paths/runs/NAME",
+    "outputs.run   logs and checkpoints, under one path of the workspace's own store: a job that was preempted, or that is",
+    "              created again, finds its newest checkpoint there and goes on; change it for a run that starts anew",
     "resources     shm_size: NCCL and data loaders need more than Docker's 64 MB",
 )
 
@@ -42,7 +43,7 @@ def _job(request: Request, size: str) -> dict[str, Any]:
         "distribution": {"type": "pytorch", "process_count_per_instance": 1},
         "resources": {"instance_count": request.nodes, "shm_size": "64g"},
         "environment_variables": static_environment(request),
-        "outputs": {"run": {"type": "uri_folder", "mode": "rw_mount"}},
+        "outputs": {"run": {"type": "uri_folder", "mode": "rw_mount", "path": f"{_STORE}/paths/plait/{request.name}"}},
         "limits": {"timeout": 604800},  # s, a week
     }
     if not request.image:
@@ -56,7 +57,9 @@ def _compute(size: str) -> str:
 
 def _write(request: Request) -> Job:
     size = (
-        need_name(request, "azure", request.devices_per_node, "name a compute cluster by hand") if request.part else ""
+        need_name(request, "azure", request.devices_per_node, "name a compute cluster by hand")
+        if request.part
+        else cpu_machine(request, "azure")
     )
     script = node_script(
         request,
@@ -66,10 +69,10 @@ def _write(request: Request) -> Job:
         run_dir=request.run_dir or "$PLAIT_RUN",
         before="" if request.image else _install(),
     )
-    compute = _compute(size)
+    compute = _compute(size if request.part else "")
     tier = "low_priority" if request.spot else "dedicated"
     make = (
-        f"    az ml compute create --type AmlCompute --name {compute} --size {size or 'Standard_D16s_v5'} "
+        f"    az ml compute create --type AmlCompute --name {compute} --size {size} "
         f"--min-instances 0 --max-instances {request.nodes} --tier {tier}"
     )
     text = documents((header(request, "Azure ML", *_NOTES, "", "The cluster, once:", make), _job(request, size)))
@@ -109,5 +112,11 @@ def _conda(request: Request) -> str:
 
 
 ENGINE = Engine(
-    name="azureml", says="an Azure ML command job", write=_write, aliases=("azure", "aml"), sends_folder=True
+    name="azureml",
+    says="an Azure ML command job",
+    write=_write,
+    aliases=("azure", "aml"),
+    sends_project=True,
+    sends_files=True,
+    takes_spot=True,
 )

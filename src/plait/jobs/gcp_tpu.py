@@ -117,4 +117,11 @@ on_all 'bash ~/job/node.sh'
 """
 
 
-ENGINE = Engine(name="gcp-tpu", says="a queued resource of Google Cloud TPU", write=_write, aliases=("tpu", "gcp"))
+ENGINE = Engine(
+    name="gcp-tpu",
+    says="a queued resource of Google Cloud TPU",
+    write=_write,
+    aliases=("tpu", "gcp"),
+    sends_project=True,
+    takes_spot=True,
+)

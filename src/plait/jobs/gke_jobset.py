@@ -70,4 +70,11 @@ def _job_set(request: Request, topology: str, label: str) -> dict[str, Any]:
     }
 
 
-ENGINE = Engine(name="gke-jobset", says="a JobSet for TPUs in GKE", write=_write, aliases=("gke", "jobset"))
+ENGINE = Engine(
+    name="gke-jobset",
+    says="a JobSet for TPUs in GKE",
+    write=_write,
+    aliases=("gke", "jobset"),
+    sends_project=True,
+    takes_spot=True,
+)

@@ -79,5 +79,9 @@ def _write(request: Request) -> Job:
 
 
 ENGINE = Engine(
-    name="kubeflow", says="a TrainJob for Kubeflow Trainer 2", write=_write, aliases=("trainjob", "kubeflow-trainer")
+    name="kubeflow",
+    says="a TrainJob for Kubeflow Trainer 2",
+    write=_write,
+    aliases=("trainjob", "kubeflow-trainer"),
+    sends_project=True,
 )

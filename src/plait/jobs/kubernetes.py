@@ -82,4 +82,6 @@ def _write(request: Request) -> Job:
     )
 
 
-ENGINE = Engine(name="kubernetes", says="an Indexed Job with a headless Service", write=_write, aliases=("k8s",))
+ENGINE = Engine(
+    name="kubernetes", says="an Indexed Job with a headless Service", write=_write, aliases=("k8s",), sends_project=True
+)

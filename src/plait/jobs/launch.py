@@ -9,8 +9,11 @@ from typing import Any
 
 from plait.errors import PlanError, RequestError
 from plait.hardware.catalogue import Accelerator, find
+from plait.hardware.placement import thread_curve, threads_for
+from plait.hardware.probe import load_probe
 from plait.jobs.engines import engine_called
 from plait.jobs.placement import check_placement, shape_of
+from plait.jobs.plan_file import made_for
 from plait.jobs.request import Engine, Job, Request
 from plait.jobs.start import start
 from plait.jobs.target import check_target_exists, relative_target
@@ -62,7 +65,9 @@ def launch(target: str, plan: str | Plan, to: str, options: LaunchOptions | None
         raise PlanError(
             f"launch: plait cannot run this plan: {reasons[0]}", hint="`plait plan --runnable` leaves such plans out"
         )
-    request = _request(target, loaded, engine, options, _part(options.gpu_type, plan))
+    origin = made_for(plan)
+    wanted = options.gpu_type or origin.part or None
+    request = _request(target, loaded, engine, options, _part(wanted), is_cpu=_is_cpu(wanted))
     axes = check_placement(loaded, request.devices_per_node, tp_may_cross=options.tp_across_nodes)
     job = engine.write(request)
     folder = request.root / request.folder
@@ -70,6 +75,9 @@ def launch(target: str, plan: str | Plan, to: str, options: LaunchOptions | None
     notes = [*job.notes]
     if request.part is None and not request.cpu_only and engine.name != "torchrun":
         notes.append("no --gpu-type was given: the job asks for no accelerator")
+    if options.spot and not engine.takes_spot:
+        notes.append(f"--spot changes nothing here: what {engine.name} takes nodes from is the cluster's own to decide")
+    notes += origin.notes(target, None if request.part is None else request.part.name, is_cpu=request.cpu_only)
     if options.tp_across_nodes and any(axis.axis == "tp" and not axis.is_inside for axis in axes):
         notes.append("tp crosses nodes, as asked: expect it to wait for the network in every layer")
     result: dict[str, Any] = {
@@ -93,7 +101,9 @@ def launch(target: str, plan: str | Plan, to: str, options: LaunchOptions | None
     return result
 
 
-def _request(target: str, plan: Plan, engine: Engine, options: LaunchOptions, part: Accelerator | None) -> Request:
+def _request(
+    target: str, plan: Plan, engine: Engine, options: LaunchOptions, part: Accelerator | None, *, is_cpu: bool
+) -> Request:
     root = Path.cwd()
     if options.batch is not None:
         plan.bound(batch=options.batch)
@@ -101,21 +111,25 @@ def _request(target: str, plan: Plan, engine: Engine, options: LaunchOptions, pa
     if options.hosts and len(options.hosts) != nodes:
         raise RequestError(f"launch: --hosts names {len(options.hosts)} hosts, the job has {nodes} nodes")
     name = _job_name(options.name or _name_of(target))
-    folder = options.output or Path("launch") / f"{name}-{engine.name}"
-    _check_words(options, target, folder.as_posix())
-    is_cpu = part is not None and part.device.torch_device == "cpu"
+    folder = _folder(options.output or Path("launch") / f"{name}-{engine.name}", root, engine)
+    _check_words(options, target, folder)
+    is_cpu = is_cpu or (part is not None and part.device.torch_device == "cpu")
+    probe = load_probe() if is_cpu else None
     return Request(
-        target=relative_target(target, root, must_lie_within=engine.sends_folder),
+        target=relative_target(target, root, must_lie_within=engine.sends_project and not options.image),
         plan=plan,
         nodes=nodes,
         devices_per_node=per_node,
         name=name,
-        folder=_folder(folder, root, engine),
+        folder=folder,
         root=root,
         part=None if is_cpu else part,
-        cpu_only=is_cpu or _is_cpu(options.gpu_type),
+        cpu_only=is_cpu,
+        threads=0 if probe is None else threads_for(thread_curve(probe), probe.cores // per_node),
+        measured_cores=0 if probe is None else probe.cores,
+        measured="" if probe is None else f"{probe.host}, {probe.processor}, {probe.cores} cores, {probe.date}",
         train=_train_words(options),
-        run_dir=options.run_dir,
+        run_dir=re.sub(r"^~(?=/|$)", "$HOME", options.run_dir),  # no shell expands it within quotes
         image=options.image,
         spot=options.spot,
         interface=options.interface,
@@ -125,12 +139,12 @@ def _request(target: str, plan: Plan, engine: Engine, options: LaunchOptions, pa
 
 
 _SAFE = {
-    # What goes into scripts unquoted may hold only what such names hold.
-    "--interface": r"[A-Za-z0-9_.:@-]*",
-    "--image": r"[A-Za-z0-9_.:/@-]*",
-    "--hosts": r"[A-Za-z0-9_.:@,-]*",
-    "--run-dir": r"[A-Za-z0-9_.:/@=+,~ -]*",
-    "--output": r"[A-Za-z0-9_.:/@=+,~ -]*",
+    # What goes into scripts unquoted may hold only what such names hold, and does not begin like an option.
+    "--interface": r"([A-Za-z0-9_][A-Za-z0-9_.:@-]*)?",
+    "--image": r"([A-Za-z0-9_][A-Za-z0-9_.:/@-]*)?",
+    "--hosts": r"([A-Za-z0-9_:][A-Za-z0-9_.:@-]*(,(?!-)|$))*",
+    "--run-dir": r"([\w./~][\w.:/@=+,~ -]*)?",
+    "--output": r"[\w./~][\w.:/@=+,~ -]*",
 }
 
 
@@ -150,8 +164,9 @@ def _check_words(options: LaunchOptions, target: str, folder: str) -> None:
     for option, word in words.items():
         if not re.fullmatch(_SAFE[option], word):
             raise RequestError(f"launch: {option} {word!r} holds a character that such a name cannot have")
-    if not target.isprintable():
-        raise RequestError(f"launch: the target {target!r} holds a character that cannot be printed")
+    for what, text in (("the target", target), ("--data", options.data or "")):
+        if not text.isprintable():
+            raise RequestError(f"launch: {what} {text!r} holds a character that cannot be printed")
 
 
 def _is_cpu(name: str | None) -> bool:
@@ -169,19 +184,15 @@ def _train_words(options: LaunchOptions) -> tuple[str, ...]:
     return tuple(word for name, value in pairs if value is not None for word in (name, str(value)))
 
 
-def _part(name: str | None, plan: str | Plan) -> Accelerator | None:
-    """The accelerator asked for, else the one in a plan file that `plait plan -o` wrote.
+def _part(name: str | None) -> Accelerator | None:
+    """The accelerator called `name`; None for processes on the CPU, and where nothing is asked for.
 
     Raises:
         HardwareError: it is not in the catalogue.
         RequestError: it cannot train, or plait cannot run on it.
     """
-    if _is_cpu(name):
+    if name is None or _is_cpu(name):
         return None
-    if name is None:
-        name = _part_of_plan_file(plan)
-        if name is None:
-            return None
     part = find(name)
     if not part.device.trains:
         after = f"; {part.successor} is its successor" if part.successor else ""
@@ -194,17 +205,6 @@ def _part(name: str | None, plan: str | Plan) -> Accelerator | None:
             hint="`plait hardware list --trains` lists what can",
         )
     return part
-
-
-def _part_of_plan_file(plan: str | Plan) -> str | None:
-    if isinstance(plan, Plan) or not Path(plan).is_file():
-        return None
-    import yaml
-
-    data = yaml.safe_load(Path(plan).read_text(encoding="utf-8"))
-    cluster = str(data.get("cluster", "")) if isinstance(data, dict) else ""
-    match = re.fullmatch(r"\d+\s*x\s*([^+]+)", cluster.strip())
-    return match.group(1) if match and match.group(1).lower() != "cpu" else None
 
 
 def _name_of(target: str) -> str:
@@ -237,7 +237,7 @@ def _folder(folder: Path, root: Path, engine: Engine) -> str:
         if relative != ".":
             return relative
         raise RequestError("launch: the job's files need a folder of their own", hint="pass -o launch/NAME")
-    if engine.sends_folder:
+    if engine.sends_files:
         raise RequestError(
             f"launch: {engine.name} sends the working directory along, and {folder} lies outside",
             hint="pass -o with a folder inside it",

@@ -10,7 +10,7 @@ from plait.hardware.catalogue import Accelerator
 from plait.hardware.tables import rows
 from plait.jobs.request import Request
 
-__all__ = ["counts_of", "name_of", "need_name", "resource_of"]
+__all__ = ["counts_of", "cpu_machine", "name_of", "need_name", "resource_of"]
 
 TABLE = Path(__file__).parent / "data" / "names.csv"
 
@@ -55,6 +55,31 @@ def need_name(request: Request, engine: str, count: int | None, option: str) -> 
     raise HardwareError(
         f"launch: no name of {request.part.name} is known for {engine}",
         hint=f"{option}; it is known for {', '.join(others[:8])}" + (", ..." if len(others) > 8 else ""),
+    )
+
+
+_CPU_MACHINES = {
+    # cores (two vCPU each) -> size. Sources: AWS, "Amazon EC2 C7i instances"; Azure, "Dsv5 sizes series"; both read 2026-11.
+    "aws": {8: "c7i.4xlarge", 16: "c7i.8xlarge", 24: "c7i.12xlarge", 32: "c7i.16xlarge", 48: "c7i.24xlarge",
+            96: "c7i.48xlarge"},
+    "azure": {8: "Standard_D16s_v5", 16: "Standard_D32s_v5", 24: "Standard_D48s_v5", 32: "Standard_D64s_v5",
+              48: "Standard_D96s_v5"},
+}  # fmt: skip
+
+
+def cpu_machine(request: Request, cloud: str) -> str:
+    """The cloud's smallest machine (of eight cores at least) with a core for every thread of a node.
+
+    Raises:
+        HardwareError: none is so large.
+    """
+    sizes = _CPU_MACHINES[cloud]
+    for cores, name in sizes.items():
+        if cores >= request.cores:
+            return name
+    raise HardwareError(
+        f"launch: {request.devices_per_node} processes need {request.cores} cores in a node, {cloud}'s largest has {max(sizes)}",
+        hint="spread them over more --nodes",
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from plait.jobs.names import need_name
+from plait.jobs.names import cpu_machine, need_name
 from plait.jobs.request import Engine, File, Job, Request, Submit
 from plait.jobs.shell import header
 from plait.jobs.slurm import slurm_files
@@ -22,7 +22,7 @@ export FI_PROVIDER="${FI_PROVIDER:-efa}"
 
 def _write(request: Request) -> Job:
     if request.part is None:
-        instance = "c7i.4xlarge"
+        instance = cpu_machine(request, "aws")
     else:
         instance = need_name(
             request, "aws", request.devices_per_node, "put its instance type into cluster.yaml by hand"
@@ -59,6 +59,9 @@ def _cluster(request: Request, instance: str, has_efa: bool) -> dict[str, Any]:
         "MaxCount": request.nodes,
     }
     networking: dict[str, Any] = {"SubnetIds": ["subnet-REPLACE"]}
+    if request.part is None:
+        # A thread of plait's has a core to itself.
+        resource["DisableSimultaneousMultithreading"] = True
     if request.nodes > 1:
         # Close together, and on the fast network where the machine has it.
         networking["PlacementGroup"] = {"Enabled": True}
@@ -100,4 +103,5 @@ ENGINE = Engine(
     says="an AWS ParallelCluster with Slurm",
     write=_write,
     aliases=("aws-parallelcluster", "pcluster"),
+    takes_spot=True,
 )

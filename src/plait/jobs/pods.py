@@ -31,6 +31,10 @@ def notes_of(request: Request) -> tuple[str, ...]:
     notes = [
         f"a PersistentVolumeClaim {CLAIM} (ReadWriteMany) must exist in the namespace: logs and checkpoints go there"
     ]
+    if request.cpu_only:
+        notes.append(
+            f"{request.cores} CPUs for each pod; add a memory request = limit for cores of its own (static CPU manager)"
+        )
     if not request.image:
         notes.append(f"build and push the image of the Dockerfile, then pass --image (now {image_of(request)})")
     return tuple(notes)
@@ -75,7 +79,9 @@ def mounts() -> list[dict[str, Any]]:
 def resources(request: Request) -> dict[str, Any]:
     """The node's devices: all that one pod asks for lies in one node, which is what keeps the fast axes there."""
     if request.part is None:
-        return {"requests": {"cpu": str(request.devices_per_node)}}
+        # Whole CPUs, limit = request: with a memory limit beside, a kubelet with the static CPU policy gives cores of its own.
+        cpus = {"cpu": str(request.cores)}
+        return {"requests": cpus, "limits": cpus} if request.cpu_only else {"requests": cpus}
     return {"limits": {resource_of(request.part): request.devices_per_node}}
 
 

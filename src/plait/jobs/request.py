@@ -31,6 +31,11 @@ class Request:
     """None: no accelerator is asked for."""
     cpu_only: bool = False
     """Whether the CPU was asked for, also where torch finds an accelerator."""
+    threads: int = 0
+    """Of a process on the CPU, as measured on a computer with `measured_cores`; 0: not measured."""
+    measured_cores: int = 0
+    measured: str = ""
+    """Whose measurement, for people."""
     train: tuple[str, ...] = ()
     """More words of `plait train`, such as --steps 100."""
     run_dir: str = ""
@@ -46,6 +51,11 @@ class Request:
     def device(self) -> str:
         """torch's word for the devices."""
         return "cpu" if self.part is None else self.part.device.torch_device or "unknown"
+
+    @property
+    def cores(self) -> int:
+        """Cores that a node's processes use on a CPU: one for each thread."""
+        return self.devices_per_node * max(1, self.threads)
 
     @property
     def part_name(self) -> str:
@@ -107,5 +117,9 @@ class Engine:
     says: str
     write: Callable[[Request], Job]
     aliases: tuple[str, ...] = ()
-    sends_folder: bool = False
-    """Whether the engine sends the working directory along, so that TARGET must lie within."""
+    sends_project: bool = False
+    """Whether nodes get a copy of the working directory (or an image with it), so that TARGET must lie within."""
+    sends_files: bool = False
+    """Whether they get the job's own files with it, so that these must lie within, too."""
+    takes_spot: bool = False
+    """Whether the files can ask for capacity that may be taken back."""

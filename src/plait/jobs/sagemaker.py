@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 
-from plait.jobs.names import need_name
+from plait.jobs.names import cpu_machine, need_name
 from plait.jobs.request import Engine, File, Job, Request, Submit
 from plait.jobs.shell import PACKAGE, Meeting, header, node_script, static_environment
 
@@ -20,7 +20,7 @@ _MEETING = Meeting(
 
 def _write(request: Request) -> Job:
     if request.part is None:
-        instance = "ml.c7i.4xlarge"  # 16 cores; CPU jobs are for trying things out
+        instance = f"ml.{cpu_machine(request, 'aws')}"
     else:
         instance = (
             f"ml.{need_name(request, 'aws', request.devices_per_node, 'put its instance type into submit.py by hand')}"
@@ -120,5 +120,7 @@ ENGINE = Engine(
     says="a SageMaker training job",
     write=_write,
     aliases=("aws", "aws-sagemaker"),
-    sends_folder=True,
+    sends_project=True,
+    sends_files=True,
+    takes_spot=True,
 )

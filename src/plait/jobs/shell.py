@@ -142,13 +142,46 @@ _WHY = {
 }
 
 
-def _environment(request: Request) -> str:
+def _threads(request: Request) -> list[str]:
     count = request.devices_per_node
-    lines = [
-        f"# Threads of each process: the node's cores, shared by its {count}.",
-        f"CORES=$(( $(nproc) / {count} ))",
-        'export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(( CORES > 0 ? CORES : 1 ))}"',
+    if not request.cpu_only:
+        return [
+            f"# Threads of each process: the node's cores, shared by its {count}.",
+            f"CORES=$(( $(nproc) / {count} ))",
+            'export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(( CORES > 0 ? CORES : 1 ))}"',
+        ]
+    ask = f'"$("$PYTHON" -m plait.hardware.placement --processes {count})"'
+    lines = ["# Threads of each process; OMP_NUM_THREADS in the job's environment wins."]
+    if request.threads:
+        lines += [
+            f"# {request.threads}: measured by `plait hardware probe` on {request.measured}. A node with another number of",
+            "# cores is asked for its own: its probe if it has one, else its cores, NUMA nodes and container's limit.",
+            'if [ -z "${OMP_NUM_THREADS:-}" ]; then',
+            '    case "$(nproc)" in',
+            f"        {request.measured_cores}) OMP_NUM_THREADS={request.threads} ;;",
+            f"        *) OMP_NUM_THREADS={ask} ;;",
+            "    esac",
+            "fi",
+            "export OMP_NUM_THREADS",
+        ]
+    else:
+        lines += [
+            "# Nothing was measured where this file was written (`plait hardware probe`): the node is asked, by its own probe",
+            "# if it has one, else by its cores, NUMA nodes and container's limit.",
+            f'export OMP_NUM_THREADS="${{OMP_NUM_THREADS:-{ask}}}"',
+        ]
+    return [
+        *lines,
+        "# Each process keeps to its own share of the cores, neighbours in rank on one NUMA node, and so to that node's memory",
+        "# (a page lies where the thread that first writes it runs). With more processes than cores they move freely. 0: off.",
+        "# OpenMP's threads are not bound one by one (OMP_PROC_BIND, KMP_AFFINITY): what a process starts beside them, gloo's",
+        "# threads and data loaders, would inherit its main thread's one core. Set them, and they win.",
+        'export PLAIT_PIN="${PLAIT_PIN:-1}"',
     ]
+
+
+def _environment(request: Request) -> str:
+    lines = _threads(request)
     lines += [
         "# A new store for each start. The one that torchrun shares with its processes still holds the addresses of the start",
         "# before, and a restart then fails to connect (pytorch#135712, pytorch#167288; seen with torch 2.13 on two nodes).",
@@ -190,10 +223,18 @@ def _torchrun(request: Request, plan: str, run_dir: str) -> str:
             f'    --rdzv-backend c10d --rdzv-id {shlex.quote(request.name)} --rdzv-endpoint "$HEAD:$PORT" \\\n'
             '    --rdzv-conf "is_host=$([ "$NODE_RANK" = 0 ] && echo 1 || echo 0),join_timeout=900" --local-addr "$ADDRESS"'
         )
+    numactl, before = "", ""
+    if request.cpu_only and count == 1:
+        before = (
+            "# Where its threads reach over several NUMA nodes, a process's memory is spread over them (if numactl is there).\n"
+            'read -r -a NUMACTL <<<"$("$PYTHON" -m plait.hardware.placement --processes 1 --numactl)"\n'
+        )
+        numactl = '${NUMACTL[@]+"${NUMACTL[@]}"} '
     return f"""\
-# One torchrun in each node starts {count} processes. When one dies, all are started again (--max-restarts) and go on from
+{before}\
+# One torchrun in each node starts {count} process{"es" * (count > 1)}. When one dies, all are started again (--max-restarts) and go on from
 # the newest checkpoint in --run-dir, which every node must see; --checkpoint-minutes is what can be lost at most.
-exec "$PYTHON" -m torch.distributed.run \\
+exec {numactl}"$PYTHON" -m torch.distributed.run \\
     {meet} \\
     -m plait {request.train_text(plan=plan, run_dir=run_dir)}
 """

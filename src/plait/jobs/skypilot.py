@@ -28,7 +28,7 @@ _NOTES = (
 def _resources(request: Request) -> dict[str, Any]:
     found: dict[str, Any] = {}
     if request.part is None:
-        found["cpus"] = f"{request.devices_per_node}+"
+        found["cpus"] = f"{request.cores}+"
     else:
         name = need_name(request, "skypilot", None, "put its name under `resources: accelerators:` by hand")
         found["accelerators"] = {name: request.devices_per_node}
@@ -90,5 +90,6 @@ ENGINE = Engine(
     says="a SkyPilot task: any cloud, spot with recovery",
     write=_write,
     aliases=("sky",),
-    sends_folder=True,
+    sends_project=True,
+    takes_spot=True,
 )

@@ -52,6 +52,12 @@ def _sbatch(request: Request, engine: str, directives: tuple[str, ...]) -> str:
             f"# {request.part.name}. Where the site names types, ask for them: --gpus-per-node=TYPE:{count}",
             f"#SBATCH --gpus-per-node={count}",
         ]
+    if request.cpu_only:
+        how = f"as measured on {request.measured}" if request.threads else "one thread each at least"
+        lines += [
+            f"# Nodes with a core for every thread at least: {count} process{'es' * (count > 1)}, {how}.",
+            f"#SBATCH --cpus-per-task={request.cores}",
+        ]
     if request.nodes > 1:
         lines += [
             "# All nodes under one switch, for up to an hour's wait; then as they come.",
@@ -78,9 +84,18 @@ set -euo pipefail
 # sbatch runs a copy of this file, so the job's folder is named, not looked for.
 export PLAIT_JOB="{request.folder}"
 
-# -K: one task that fails ends the others. --cpu-bind=none: the task, and so its processes, may use all cores of the node.
+# -K: one task that fails ends the others. {_binding(request)}
 srun -K --ntasks-per-node=1 --cpu-bind=none bash "$PLAIT_JOB/node.sh"
 """
+
+
+def _binding(request: Request) -> str:
+    if request.cpu_only:
+        return (
+            "--cpu-bind=none and no --cpus-per-task here: the task has the whole node, and\n"
+            "# plait gives each of its processes cores and NUMA node of its own (node.sh: PLAIT_PIN)."
+        )
+    return "--cpu-bind=none: the task, and so its processes, may use all cores of the node."
 
 
 def _write(request: Request) -> Job:

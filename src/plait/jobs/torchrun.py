@@ -78,12 +78,17 @@ if [ "${{#HOSTS[@]}}" -ne {request.nodes} ] || [ "${{HOSTS[0]}}" = FIRST_HOST ];
     exit 2
 fi
 
+# The first host's address for the others: its name without a user's.
+HEAD="${{HOSTS[0]#*@}}"
+# For the shell at the other end, whichever it is.
+quote() {{ printf "'%s'" "$(printf %s "$1" | sed "s/'/'\\\\\\\\''/g")"; }}
 # -tt: the remote end stops when this one does.
 PIDS=()
 trap 'kill "${{PIDS[@]}}" 2>/dev/null || true' EXIT
 for RANK in "${{!HOSTS[@]}}"; do
-    ssh -tt -o BatchMode=yes "${{HOSTS[$RANK]}}" \\
-        "NODE_RANK=$RANK MASTER_ADDR='${{HOSTS[0]}}' PYTHON='${{PYTHON:-python3}}' bash '$FOLDER/node.sh'" </dev/null &
+    ssh -tt -o BatchMode=yes -- "${{HOSTS[$RANK]}}" \\
+        "NODE_RANK=$RANK MASTER_ADDR=$HEAD PYTHON=$(quote "${{PYTHON:-python3}}") bash $(quote "$FOLDER/node.sh")" \\
+        </dev/null &
     PIDS+=("$!")
 done
 for PID in "${{PIDS[@]}}"; do
