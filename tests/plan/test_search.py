@@ -2,10 +2,12 @@ from __future__ import annotations
 
 import itertools
 import random
+from dataclasses import replace
 
 import pytest
 
 from plait.cost.architecture import Architecture, build_graph
+from plait.cost.lanes import device_runs
 from plait.cost.model import Cache
 from plait.cost.step import estimate
 from plait.errors import HardwareError, PlanError
@@ -36,22 +38,52 @@ def exhaustive(graph, cluster, batch):
         if count % (tp * pp) or heads % tp or pp > segments or tp > cluster.links[0].size:
             continue
         replicas = count // (tp * pp)
-        if batch % replicas:
+        if batch % replicas and cluster.is_uniform:
             continue
-        samples = batch // replicas
-        sizes = [s for s in range(1, samples + 1) if samples % s == 0 and (s & (s - 1) == 0 or s == samples)]
         shards = [(1, 1)] + ([(replicas, z) for z in (1, 2, 3)] if replicas > 1 else [])
         schedules = ("gpipe", "1f1b", "zerobubble") if pp > 1 else ("1f1b",)
-        for size, (fsdp, zero), schedule, recompute in itertools.product(
-            sizes, shards, schedules, ("none", "selective", "full")
+        for (m, shares), (fsdp, zero), schedule, recompute in itertools.product(
+            list(divisions(cluster, batch, tp, pp, replicas)), shards, schedules, ("none", "selective", "full")
         ):
             for cuts in itertools.combinations(range(1, segments), pp - 1):
-                plan = Plan(dp=replicas // fsdp, fsdp=fsdp, zero=zero, tp=tp, pp=pp, microbatches=samples // size,
+                plan = Plan(dp=replicas // fsdp, fsdp=fsdp, zero=zero, tp=tp, pp=pp, microbatches=m, batch_shares=shares,
                             schedule=schedule, recompute=recompute, precision="bf16", cuts=cuts)  # fmt: skip
                 found = estimate(graph, cluster, plan, batch, cache=cache)
                 if found.fits and (best is None or found.step_time_s < best):
                     best = found.step_time_s
     return best
+
+
+def divisions(cluster, batch, tp, pp, replicas):
+    """(microbatches, shares): on one kind of device microbatches of a power of two samples or all; on several, every
+    number that divides the batch, evenly or with any number of samples on each kind of replica.
+    """
+    if cluster.is_uniform:
+        samples = batch // replicas
+        for size in range(1, samples + 1):
+            if samples % size == 0 and (size & (size - 1) == 0 or size == samples):
+                yield samples // size, ()
+        return
+    runs = list(device_runs(cluster, Plan(dp=replicas, tp=tp, pp=pp, precision="bf16")))
+    names = [tuple(d.name for d in devices) for first, last, devices in runs for _ in range(first, last)]
+    kinds = sorted(set(names))
+    for m in range(1, batch + 1):
+        whole = batch // m
+        if batch % m or whole < replicas:
+            continue
+        if whole % replicas == 0:
+            yield m, ()
+        for held in itertools.product(range(1, whole), repeat=len(kinds) - 1):
+            totals = dict(zip(kinds, (*held, whole - sum(held)), strict=True))
+            if any(totals[kind] < names.count(kind) for kind in kinds):
+                continue
+            seen = dict.fromkeys(kinds, 0)
+            shares = []
+            for name in names:
+                base, extra = divmod(totals[name], names.count(name))
+                shares.append(m * (base + (seen[name] < extra)))
+                seen[name] += 1
+            yield m, tuple(shares)
 
 
 def random_case(seed):
@@ -82,6 +114,34 @@ def random_case(seed):
 def test_search_finds_what_exhaustive_enumeration_finds(seed):
     """On every small case the search's best step time is the smallest there is."""
     graph, cluster, batch = random_case(seed)
+    best = exhaustive(graph, cluster, batch)
+    if best is None:
+        with pytest.raises(PlanError, match="no plan fits"):
+            search(graph, cluster, batch=batch, precision="bf16", space=REDUCED, top=1)
+        return
+
+    found = search(graph, cluster, batch=batch, precision="bf16", space=REDUCED, top=1)
+
+    assert found.estimate.step_time_s == pytest.approx(best, rel=1e-9)
+
+
+def mixed_case(seed):
+    """A small random model on a small cluster of two kinds of device."""
+    choose = random.Random(1000 + seed)
+    graph, cluster, _ = random_case(1000 + seed)
+    fast = cluster.groups[0].device
+    slow = replace(fast, name="slow part", peak_flops={"bf16": fast.peak_flops["bf16"] / choose.uniform(1.5, 5)},
+                   memory_bandwidth=fast.memory_bandwidth / choose.uniform(1, 3))  # fmt: skip
+    counts = choose.choice([(1, 1), (1, 2), (2, 1), (2, 2), (3, 1)])
+    groups = tuple(Group(device=d, count=n) for d, n in zip(choose.sample([fast, slow], 2), counts, strict=True))
+    links = (replace(cluster.links[0], size=sum(counts)),)
+    return graph, replace(cluster, groups=groups, links=links), choose.choice([4, 6, 8])
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_search_finds_the_best_shares(seed):
+    """On mixed clusters too, with every number of samples on each kind of device."""
+    graph, cluster, batch = mixed_case(seed)
     best = exhaustive(graph, cluster, batch)
     if best is None:
         with pytest.raises(PlanError, match="no plan fits"):

@@ -4,7 +4,7 @@ import pytest
 
 from plait.cost.architecture import Architecture, build_graph
 from plait.hardware.clusters import named_cluster
-from plait.plan.space import Degrees, Space, degrees, facts_of, illegal, microbatch_sizes, unsupported
+from plait.plan.space import Degrees, Space, degrees, facts_of, illegal, microbatch_counts, unsupported
 from plait.schema import Plan
 
 MOE = build_graph(
@@ -49,10 +49,21 @@ def test_all_devices_are_used_on_small_clusters():
     assert all(d.devices == 16 for d in legal)
 
 
-def test_microbatch_sizes_divide():
-    """Every size divides the samples of a replica."""
-    assert microbatch_sizes(12, 1, Space()) == [1, 2, 4, 12]
-    assert microbatch_sizes(12, 1, Space(microbatch_sizes=(3,))) == [3]
+def test_microbatches_divide():
+    """Every count divides the samples of a replica; the size of a microbatch is a power of two or the whole."""
+    assert microbatch_counts(24, 2, CLUSTER, Space()) == [12, 6, 3, 1]
+    assert microbatch_counts(24, 2, CLUSTER, Space(microbatch_sizes=(3,))) == [4]
+
+
+def test_mixed_clusters_may_split_a_batch_unevenly():
+    """Where replicas may take unequal shares, a batch need not divide by them."""
+    mixed = named_cluster("4xA100+2xV100")
+    counts = [
+        d.replicas for d, reason in degrees(FACTS, mixed, 16, Space(tp=(1,), pp=(1,), cp=(1,), ep=(1,))) if not reason
+    ]
+
+    assert counts == [6]
+    assert microbatch_counts(16, 6, mixed, Space()) == [2, 1]
 
 
 @pytest.mark.parametrize(("spec", "word"), [("cp=2", "context"), ("ep=2,dp=2", "expert"), ("precision=fp8", "fp8")])

@@ -25,6 +25,8 @@ HOLDS = [
     (OWN + "tied", "dp=2,pp=2", 8),
     (OWN + "tied", "tp=2,pp=2,recompute=selective", 11),
     (OWN + "twice", "pp=4", 8),
+    (OWN + "batchnorm", "dp=2,microbatches=2,batch_shares=3:1", 16),
+    (OWN + "clipped", "fsdp=2,pp=2,microbatches=2,batch_shares=1:2", 11),
     (OWN + "tied_on_one_process", "dp=2,pp=2,interleave=2,schedule=interleaved", 16),
     (OWN + "unused", "fsdp=2,pp=2", 8),
     (OWN + "spectral_norm", "fsdp=2", 8),

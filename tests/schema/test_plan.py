@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,25 @@ def test_text_and_files_come_back_equal(plan: Plan) -> None:
     assert Plan.from_dict(yaml.safe_load(plan.to_yaml())) == plan
 
 
+@given(PLANS, st.data())
+def test_uneven_shares_come_back_equal(plan: Plan, data: st.DataObject) -> None:
+    """SPEC, JSON and YAML, runs of equal shares or none."""
+    import yaml
+
+    shares = data.draw(st.lists(st.integers(1, 3), min_size=plan.replicas, max_size=plan.replicas))
+    uneven = replace(plan, batch_shares=tuple(shares))
+
+    assert Plan.parse(uneven.spec()) == uneven
+    assert Plan.from_json(uneven.to_json()) == uneven
+    assert Plan.from_dict(yaml.safe_load(uneven.to_yaml())) == uneven
+
+
+def test_shares_are_written_in_runs() -> None:
+    """Four replicas of twelve samples and four of four."""
+    assert Plan.parse("dp=8,batch_shares=4x12:4x4").batch_shares == (12,) * 4 + (4,) * 4
+    assert Plan(dp=3, batch_shares=(2, 2, 1)).spec() == "dp=3,batch_shares=2x2:1"
+
+
 @given(PLANS, st.integers(1, 200))
 def test_bound_plans_fit_their_devices_and_batch(plan: Plan, batch: int) -> None:
     """Degrees multiply to the devices, and every replica has a sample in every microbatch."""
@@ -56,6 +76,12 @@ def test_bound_plans_fit_their_devices_and_batch(plan: Plan, batch: int) -> None
         ("dp", "'dp' is not NAME=VALUE"),
         ("dp=two", "dp=two is not a whole number"),
         ("dp=0", "dp=0 must be at least 1"),
+        ("dp=2,batch_shares=3", "batch_shares has 1 shares, dp x fsdp = 2 replicas need one each"),
+        ("dp=2,batch_shares=3:0", "a share must be at least 1"),
+        ("dp=2,batch_shares=3:-1", "batch_shares=3:-1 is not SHARE:SHARE"),
+        ("dp=2,batch_shares=", "batch_shares= is not SHARE:SHARE"),
+        ("dp=2,batch_shares=999999999x1", "is not SHARE:SHARE"),
+        ("dp=2,batch_shares=a:b", "is not SHARE:SHARE"),
         ("dp=2,dp=2", "dp is given twice"),
         ("ddp=2", "'ddp=2' is not NAME=VALUE with a known name"),
         ("schedule=fast", "schedule=fast is not one of gpipe"),

@@ -64,6 +64,10 @@ def _text(result: Mapping[str, Any]) -> None:
     for name, value in result["memory_parts_gib"].items():
         if value > 0:
             echo(f"    {name:<24} {value:>9.3f} GiB")
+    for lane in result.get("lanes", ()):
+        echo(f"  {lane['replicas']} x {' and '.join(lane['devices'])}: {lane['samples']:g} samples each, "
+             f"{format_seconds(lane['step_time_s'])}, {lane['peak_memory_gib']:.2f} GiB"
+             f"{'' if lane['fits'] else ', does NOT fit'}")  # fmt: skip
     if result["usd_per_step"] is not None:
         echo(f"  cost        ${1000 * result['usd_per_step']:.4g} for 1000 steps")
     if result["joule_per_step"] is not None:

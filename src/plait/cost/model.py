@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from plait.cost.calibration import Calibration, Software
-from plait.cost.comms import Hop, all_gather, all_reduce, all_to_all, hops, send
+from plait.cost.comms import Hop, all_gather, all_reduce, all_to_all, core_seconds, hops, reduce_scatter, send, send_core
 from plait.cost.compute import Rates, host_seconds, pass_seconds, rates, recompute_seconds
+from plait.cost.lanes import Lane
 from plait.cost.memory import state_bytes
 from plait.cost.optimizer import accumulate_seconds
 from plait.cost.overlap import hide
@@ -50,6 +51,9 @@ class SegmentTimes:
     """Of communication, both directions, recomputation's included."""
     exposed_forward: float
     hidden: float
+    wait_forward: float = 0.0
+    """The part of what is exposed in which no core is used; known where the network was measured."""
+    wait_backward: float = 0.0
 
     @property
     def total(self) -> float:
@@ -58,14 +62,13 @@ class SegmentTimes:
 
 
 class Model:
-    """One plan on one cluster: everything that the terms need, looked up once."""
+    """One lane of a plan on one cluster: everything that the terms need, looked up once."""
 
     def __init__(self, graph: Graph, cluster: Cluster, plan: Plan, batch: int, software: Software,
-                 calibration: Calibration, cache: Cache) -> None:  # fmt: skip
+                 calibration: Calibration, cache: Cache, lane: Lane) -> None:  # fmt: skip
         self.graph, self.cluster, self.plan, self.batch = graph, cluster, plan, batch
-        self.software, self.cache = software, cache
-        self.samples = batch / plan.replicas / plan.microbatches
-        self.devices = _pipeline_devices(cluster, plan)
+        self.software, self.cache, self.lane = software, cache, lane
+        self.samples, self.devices = lane.samples, lane.devices
         self.parameters = [calibration.resolve(device, software) for device in self.devices]
         self.rates = _each(self.devices, plan.precision, self.parameters)
         self.efficiency, self.latency = calibration.link_factors(cluster, self.parameters[0])
@@ -123,6 +126,10 @@ class Model:
                        latency=self.latency)  # fmt: skip
         return (seconds + p["pp_seconds"]) * (1 - p["pp_overlap"])
 
+    def handling(self, nbytes: float) -> float:
+        """Seconds of a core that a message between stages takes on either side, where the network was measured."""
+        return send_core(nbytes, self.cluster) if self.plan.pp > 1 else 0.0
+
     def fresh_times(self, index: int, rank: int, choice: str) -> SegmentTimes:
         """As `times`, computed."""
         work, at, p = self.work(index), self.rates[rank], self.parameters[rank]
@@ -130,9 +137,11 @@ class Model:
         forward = pass_seconds(work.forward, at, low_bytes=low)
         backward = pass_seconds(work.backward, at, backward=True, low_bytes=2 * low)
         again = recompute_seconds(work, choice, at)
-        shown_f = shown_b = hidden = 0.0
-        for shown, hid, is_forward in self.communication(work, forward, backward, choice, p):
+        shown_f = shown_b = hidden = wait_f = wait_b = 0.0
+        for shown, hid, wait, is_forward in self.communication(work, forward, backward, choice, p):
             hidden += hid
+            wait_f += wait if is_forward else 0.0
+            wait_b += 0.0 if is_forward else wait
             shown_f += shown if is_forward else 0.0
             shown_b += 0.0 if is_forward else shown
         # The host starts operators and collectives ahead of the device; where it is the slower, the device waits.
@@ -154,18 +163,20 @@ class Model:
                 kept_bytes=self.bytes.gradient,
                 bandwidth=at.optimizer_bandwidth,
             )
-        return SegmentTimes(forward, backward, again, shown_f + shown_b, shown_f, hidden)
+        return SegmentTimes(forward, backward, again, shown_f + shown_b, shown_f, hidden, wait_f, wait_b)
 
     def communication(self, work: Work, forward: float, backward: float, choice: str,
-                      p: Mapping[str, float]) -> list[tuple[float, float, bool]]:  # fmt: skip
-        """(exposed, hidden, whether in the forward) of each collective of a segment."""
-        found: list[tuple[float, float, bool]] = []
+                      p: Mapping[str, float]) -> list[tuple[float, float, float, bool]]:  # fmt: skip
+        """(exposed, hidden, part of exposed without a core, whether in the forward) of each collective of a segment."""
+        found: list[tuple[float, float, float, bool]] = []
         plan, groups, slow = self.plan, self.groups, p["slowdown"]
 
-        def add(seconds: float, beside: float, kind: str, *, is_forward: bool) -> None:
+        def add(seconds: float, beside: float, kind: str, *, is_forward: bool, core: float = 0.0) -> None:
             if seconds > 0:
-                shown = hide(seconds, beside=beside, fraction=p[f"{kind}_overlap"], slowdown=slow)
-                found.append((shown.exposed, shown.hidden, is_forward))
+                # Time of a core is never hidden, only the wait beside it.
+                loss = core / seconds if core else slow
+                shown = hide(seconds, beside=beside, fraction=p[f"{kind}_overlap"], slowdown=loss)
+                found.append((shown.exposed, shown.hidden, max(0.0, shown.exposed - core) if core else 0.0, is_forward))
 
         if plan.tp > 1:
             first = sum(all_reduce(x, groups["tp"]) for x in work.tp_forward)
@@ -179,8 +190,12 @@ class Model:
             crossings = max(0, math.ceil(plan.tp / self.cluster.node_size) - 1)
             first += len(work.tp_forward) * crossings * p["tp_hop"]
             second += len(work.tp_backward) * crossings * p["tp_hop"]
-            add(first, forward, "tp", is_forward=True)
-            add(second + (first if choice == "full" else 0.0), backward, "tp", is_forward=False)
+            whole = core_seconds("all_gather", work.tp_gathered, groups["tp"])
+            core_f = whole + sum(core_seconds("all_reduce", x, groups["tp"]) for x in work.tp_forward)
+            core_b = whole + sum(core_seconds("all_reduce", x, groups["tp"]) for x in work.tp_backward)
+            add(first, forward, "tp", is_forward=True, core=core_f)
+            redone, core_redone = (first, core_f) if choice == "full" else (0.0, 0.0)
+            add(second + redone, backward, "tp", is_forward=False, core=core_b + core_redone)
         if plan.ep > 1 and work.ep_bytes:
             each = all_to_all(work.ep_bytes, groups["ep"])
             add(2 * each, forward, "ep", is_forward=True)
@@ -190,20 +205,30 @@ class Model:
             add(ring, forward, "cp", is_forward=True)
             add(2 * ring, backward, "cp", is_forward=False)
         if plan.fsdp > 1 and plan.zero == 3:
-            gather = self.gather(work, self.bytes.gathered)
-            reduce = self.gather(work, self.bytes.wire)
-            add(gather, forward, "dp", is_forward=True)
-            add(gather + reduce, backward, "dp", is_forward=False)
+            gather, core = self.gather(work, self.bytes.gathered)
+            reduce, core_reduce = self.scatter(work, self.bytes.wire)
+            add(gather, forward, "dp", is_forward=True, core=core)
+            add(gather + reduce, backward, "dp", is_forward=False, core=core + core_reduce)
         elif plan.fsdp > 1 and plan.zero == 2:
-            add(self.gather(work, self.bytes.wire), backward, "dp", is_forward=False)
+            reduce, core = self.scatter(work, self.bytes.wire)
+            add(reduce, backward, "dp", is_forward=False, core=core)
         return found
 
-    def gather(self, work: Work, each: float) -> float:
-        """Seconds to gather, or to reduce and scatter, a segment's parameters at `each` bytes over fsdp."""
+    def gather(self, work: Work, each: float) -> tuple[float, float]:
+        """Seconds, and those of a core, to gather a segment's parameters at `each` bytes over fsdp."""
         seconds = all_gather(work.dense_parameters * each, self.groups["fsdp"])
+        core = core_seconds("all_gather", work.dense_parameters * each, self.groups["fsdp"])
         if work.expert_parameters:
             seconds += all_gather(work.expert_parameters * each, self.groups["expert_fsdp"])
-        return seconds
+        return seconds, core
+
+    def scatter(self, work: Work, each: float) -> tuple[float, float]:
+        """As `gather`, to reduce and scatter a segment's gradients."""
+        seconds = reduce_scatter(work.dense_parameters * each, self.groups["fsdp"])
+        core = core_seconds("reduce_scatter", work.dense_parameters * each, self.groups["fsdp"])
+        if work.expert_parameters:
+            seconds += reduce_scatter(work.expert_parameters * each, self.groups["expert_fsdp"])
+        return seconds, core
 
 
 def _each(devices: tuple[Device, ...], precision: str, parameters: list[dict[str, float]]) -> list[Rates]:
@@ -220,21 +245,3 @@ def _slowest(group: tuple[Hop, ...]) -> float:
 
 def _latency(group: tuple[Hop, ...]) -> float:
     return max((hop.latency for hop in group), default=0.0)
-
-
-def _pipeline_devices(cluster: Cluster, plan: Plan) -> tuple[Device, ...]:
-    """The slowest device of each pipeline rank's block of ranks."""
-    if cluster.is_uniform:
-        return (cluster.groups[0].device,) * plan.pp
-    block = plan.devices // plan.pp
-    chosen = []
-    edges = []
-    start = 0
-    for group in cluster.groups:
-        edges.append((start, start + group.count, group.device))
-        start += group.count
-    for rank in range(plan.pp):
-        first, last = rank * block, (rank + 1) * block
-        inside = [device for low, high, device in edges if low < last and first < high]
-        chosen.append(min(inside, key=lambda d: d.peak_flops.get(plan.precision, d.peak_flops.get("fp32", 0.0))))
-    return tuple(chosen)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from plait.cost.memory import rank_memory
@@ -11,7 +12,7 @@ from plait.schema.estimate import MemoryParts
 from plait.schema.graph import Graph
 from plait.schema.plan import Plan
 
-__all__ = ["USABLE", "Placed", "place"]
+__all__ = ["USABLE", "Placed", "limits", "place"]
 
 USABLE = 0.94  # of stated memory: drivers, contexts and the allocator hold 6 to 10 % (data/README.md, traps)
 
@@ -44,6 +45,11 @@ def place(model: Model, plan: Plan) -> Placed:
             expert[rank] += work.expert_parameters
         dense[rank] -= _counted_twice(tied, graph, bounds, number, plan.pp) / plan.tp
     return Placed(bounds, dense, expert, _memory(model, plan, bounds, dense, expert))
+
+
+def limits(model: Model) -> list[float]:
+    """Bytes that a device of each pipeline rank may use; infinite where its memory is not known."""
+    return [USABLE * d.memory_bytes if d.memory_bytes is not None else math.inf for d in model.devices]
 
 
 def _memory(model: Model, plan: Plan, bounds: list[tuple[int, int]], dense: list[float],

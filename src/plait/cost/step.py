@@ -7,20 +7,23 @@ times 1 + spread x log2(nodes) for waiting on the slowest.
 
 from __future__ import annotations
 
-from dataclasses import replace
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from plait.cost.bubble import StageTimes, simulate
 from plait.cost.calibration import Calibration, Software, load_calibration
 from plait.cost.comms import all_gather, all_reduce
+from plait.cost.lanes import lanes
 from plait.cost.model import Cache, Model
 from plait.cost.money import joules, usd
 from plait.cost.optimizer import optimizer_seconds
 from plait.cost.overlap import hide
 from plait.cost.partition import default_cuts, stage_bounds
-from plait.cost.placement import USABLE, Placed, place
+from plait.cost.placement import Placed, limits, place
 from plait.errors import PlanError
 from plait.schema.cluster import Cluster
-from plait.schema.estimate import Breakdown, Estimate, MemoryParts, Span
+from plait.schema.estimate import Breakdown, Estimate, LaneEstimate, Span
 from plait.schema.graph import Graph
 from plait.schema.plan import Plan
 
@@ -56,10 +59,13 @@ def estimate(
         )
     if plan.ep > 1 and plan.replicas % plan.ep:
         raise PlanError(f"plan: ep={plan.ep} does not divide dp x fsdp = {plan.replicas}")
-    model = Model(graph, cluster, plan, batch, software, calibration, cache if cache is not None else Cache())
+    cache = cache if cache is not None else Cache()
+    models = [
+        Model(graph, cluster, plan, batch, software, calibration, cache, lane) for lane in lanes(cluster, plan, batch)
+    ]
     if plan.stages > 1 and not plan.cuts:
         plan = replace(plan, cuts=default_cuts(graph, plan.stages))
-    return finish(model, plan, place(model, plan), timeline)
+    return finish([(model, place(model, plan)) for model in models], plan, timeline)
 
 
 def default_software(cluster: Cluster, calibration: Calibration) -> Software:
@@ -82,8 +88,32 @@ def stage_times(model: Model, plan: Plan) -> list[StageTimes]:
     return stages
 
 
-def finish(model: Model, plan: Plan, placed: Placed, keep: int = 0) -> Estimate:
-    """The estimate of a placed model; `keep` spans of each pipeline rank are recorded."""
+@dataclass(frozen=True, slots=True)
+class _Walk:
+    """One lane's step."""
+
+    end: float
+    """Seconds until its last rank is done, host time of a step and stragglers aside."""
+    breakdown: Breakdown
+    work: float
+    """Seconds of arithmetic on all devices of the lane."""
+    spans: tuple[Span, ...]
+
+
+def finish(placed: Sequence[tuple[Model, Placed]], plan: Plan, keep: int = 0) -> Estimate:
+    """The estimate of a plan, each lane of which is placed; `keep` spans of each pipeline rank are recorded."""
+    walks = [_walk(model, plan, where, keep) for model, where in placed]
+    slow = max(range(len(walks)), key=lambda i: walks[i].breakdown.total)
+    cores = placed[0][0].cluster.shared_cores
+    breakdown = walks[slow].breakdown
+    if cores is not None and plan.devices > cores:
+        # Processes share cores: all of them together cannot be faster than the cores.
+        sharing = max(0.0, sum(walk.work for walk in walks) / cores - walks[slow].end)
+        breakdown = replace(breakdown, compute=breakdown.compute + sharing)
+    return _estimate(placed, plan, breakdown, walks, slow)
+
+
+def _walk(model: Model, plan: Plan, placed: Placed, keep: int) -> _Walk:
     bounds = placed.bounds
     stages = stage_times(model, plan)
     compute, again, exposed, hidden = ([0.0] * plan.pp for _ in range(4))
@@ -106,25 +136,18 @@ def finish(model: Model, plan: Plan, placed: Placed, keep: int = 0) -> Estimate:
         if run.last_backward[rank] + shown + optimizer >= end:
             end, slow = run.last_backward[rank] + shown + optimizer, rank
     shown, hid, optimizer = tails[slow]
-    other = model.parameters[0]["step"] + model.spread * end
     busy = plan.microbatches * (compute[slow] + again[slow] + exposed[slow])
-    bubble = max(0.0, end - shown - optimizer - busy)
-    cores = model.cluster.shared_cores
-    sharing = 0.0
-    if cores is not None and plan.devices > cores:
-        # Processes share cores: all of them together cannot be faster than the cores.
-        total = sum(plan.microbatches * (compute[r] + again[r]) + tails[r][2] for r in range(plan.pp))
-        sharing = max(0.0, total * (plan.devices / plan.pp) / cores - end)
     breakdown = Breakdown(
-        compute=plan.microbatches * compute[slow] + sharing,
+        compute=plan.microbatches * compute[slow],
         recompute=plan.microbatches * again[slow],
         communication_exposed=plan.microbatches * exposed[slow] + shown,
         communication_hidden=plan.microbatches * hidden[slow] + hid,
-        bubble=bubble,
+        bubble=max(0.0, end - shown - optimizer - busy),
         optimizer=optimizer,
-        other=other,
+        other=model.parameters[0]["step"] + model.spread * end,
     )
-    return _estimate(model, plan, breakdown, placed.memory, run.spans)
+    work = sum(plan.microbatches * (compute[r] + again[r]) + tails[r][2] for r in range(plan.pp))
+    return _Walk(end, breakdown, work * len(model.lane.replicas) * plan.tp * plan.cp, run.spans)
 
 
 def _after_backward(model: Model, plan: Plan, rank: int, dense: float, expert: float,
@@ -163,18 +186,29 @@ def _after_backward(model: Model, plan: Plan, rank: int, dense: float, expert: f
     return shown, hidden, optimizer
 
 
-def _estimate(model: Model, plan: Plan, breakdown: Breakdown, memory: tuple[MemoryParts, ...],
-              spans: tuple[Span, ...]) -> Estimate:  # fmt: skip
-    graph, cluster, batch = model.graph, model.cluster, model.batch
+def _estimate(placed: Sequence[tuple[Model, Placed]], plan: Plan, breakdown: Breakdown,
+              walks: Sequence[_Walk], slow: int) -> Estimate:  # fmt: skip
+    first = placed[0][0]
+    graph, cluster, batch = first.graph, first.cluster, first.batch
     seconds = breakdown.total
-    flops = sum(model.work(s.index).model_flops for s in graph.segments) * plan.microbatches * plan.replicas
-    peak = sum(device.peak(plan.precision) for device in model.devices) * plan.devices / plan.pp
-    limits = [device.memory_bytes for device in model.devices]
-    known = all(limit is not None for limit in limits)
-    fits = known and all(parts.total <= USABLE * (limit or 0.0) for parts, limit in zip(memory, limits, strict=True))
+    flops = peak = 0.0
+    for model, _ in placed:
+        alike = len(model.lane.replicas)
+        flops += sum(model.work(s.index).model_flops for s in graph.segments) * plan.microbatches * alike
+        peak += sum(device.peak(plan.precision) for device in model.devices) * alike * plan.tp * plan.cp
+    known = all(device.memory_bytes is not None for model, _ in placed for device in model.devices)
+    fits = all(
+        parts.total <= limit
+        for model, where in placed
+        for parts, limit in zip(where.memory, limits(model), strict=True)
+    )
     notes = list(cluster.notes)
     if not known:
         notes.append("the device's memory is not known: whether the plan fits is not checked")
+    # Of the replicas, the one that holds most speaks for its pipeline rank.
+    fullest = [max(placed, key=lambda item: item[1].memory[rank].total) for rank in range(plan.pp)]
+    memory = tuple(where.memory[rank] for rank, (_, where) in enumerate(fullest))
+    worst = max(range(plan.pp), key=lambda rank: memory[rank].total)
     return Estimate(
         plan=plan,
         cluster=cluster.name,
@@ -184,10 +218,27 @@ def _estimate(model: Model, plan: Plan, breakdown: Breakdown, memory: tuple[Memo
         mfu=flops / seconds / peak,
         breakdown=breakdown,
         memory=memory,
-        memory_limit=USABLE * min(limit for limit in limits if limit is not None) if known else None,
-        fits=fits if known else True,
-        timeline=spans,
+        memory_limit=limits(fullest[worst][0])[worst] if known else None,
+        fits=fits,
+        timeline=walks[slow].spans,
         usd_per_step=usd(cluster, plan.devices, seconds),
         joule_per_step=joules(cluster, plan.devices, seconds, breakdown.compute + breakdown.recompute),
         notes=tuple(notes),
+        lanes=_lane_estimates(placed, plan, walks) if len(placed) > 1 else (),
+    )
+
+
+def _lane_estimates(
+    placed: Sequence[tuple[Model, Placed]], plan: Plan, walks: Sequence[_Walk]
+) -> tuple[LaneEstimate, ...]:
+    return tuple(
+        LaneEstimate(
+            devices=tuple(device.name for device in model.devices),
+            replicas=model.lane.replicas,
+            samples=model.lane.samples * plan.microbatches,
+            step_time_s=walk.breakdown.total,
+            memory=where.memory,
+            memory_limits=tuple(None if math.isinf(limit) else limit for limit in limits(model)),
+        )
+        for (model, where), walk in zip(placed, walks, strict=True)
     )

@@ -9,8 +9,8 @@ from dataclasses import replace
 
 from plait.cost.memory import saved_bytes
 from plait.cost.model import Model
-from plait.cost.placement import place
-from plait.schema.plan import Plan
+from plait.cost.placement import limits, place
+from plait.schema.plan import RECOMPUTE, Plan
 
 __all__ = ["all_cuts", "balanced", "mixed_recompute"]
 
@@ -22,26 +22,24 @@ def all_cuts(segments: int, stages: int, most: int) -> Iterator[tuple[int, ...]]
     return itertools.combinations(range(1, segments), stages - 1)
 
 
-def balanced(model: Model, plan: Plan) -> tuple[int, ...]:
+def balanced(models: Sequence[Model], plan: Plan) -> tuple[int, ...]:
     """Cuts with the smallest possible slowest stage; a stage's time is counted on the device that will run it.
 
-    Bisection on the slowest stage with one greedy pass a try, exact to 1e-6 of it. Later stages are filled first,
-    so that the first ranks, which hold most activations, get what is left.
+    `models` are the plan's lanes; of these the slower counts. Bisection on the slowest stage with one greedy pass a try,
+    exact to 1e-6 of it. Later stages are filled first, so that the first ranks, which hold most activations, get what
+    is left.
     """
     if plan.stages == 1:
         return ()
-    count, stages = len(model.graph.segments), plan.stages
-    costs = [
-        [model.times(i, stage % plan.pp, plan.recompute_of(i)).total for i in range(count)]
-        if stage < plan.pp and not model.cluster.is_uniform
-        else []
-        for stage in range(stages)
-    ]
-    if model.cluster.is_uniform:
-        row = [model.times(i, 0, plan.recompute_of(i)).total for i in range(count)]
-        costs = [row] * stages
-    else:
-        costs = [costs[stage % plan.pp] for stage in range(stages)]
+    stages = plan.stages
+    rows: dict[tuple[str, ...], list[float]] = {}
+    costs = []
+    for stage in range(stages):
+        rank = stage % plan.pp
+        devices = tuple(model.devices[rank].name for model in models)
+        if devices not in rows:
+            rows[devices] = _costs(models, plan, rank)
+        costs.append(rows[devices])
     longest = max(max(row) for row in costs)
     low = max(min(sum(row) for row in costs) / stages, 0.0)
     high = max(sum(row) for row in costs) / stages + longest
@@ -58,6 +56,18 @@ def balanced(model: Model, plan: Plan) -> tuple[int, ...]:
         else:
             best, high = found, middle
     return best
+
+
+def _costs(models: Sequence[Model], plan: Plan, rank: int) -> list[float]:
+    """Seconds of each segment on a pipeline rank; identical segments are looked up once."""
+    known: dict[tuple[int, str], float] = {}
+    found = []
+    for segment in models[0].graph.segments:
+        key = (segment.equals, plan.recompute_of(segment.index))
+        if key not in known:
+            known[key] = max(model.times(key[0], rank, key[1]).total for model in models)
+        found.append(known[key])
+    return found
 
 
 def _fill(costs: Sequence[Sequence[float]], limit: float) -> tuple[int, ...] | None:
@@ -79,14 +89,32 @@ def _fill(costs: Sequence[Sequence[float]], limit: float) -> tuple[int, ...] | N
     return None
 
 
-def mixed_recompute(model: Model, plan: Plan, limits: Sequence[float]) -> Plan | None:
+def mixed_recompute(models: Sequence[Model], plan: Plan) -> Plan | None:
     """`plan` with as little recomputed as fits, segment by segment; None: even recomputing all does not fit.
 
     On each rank, segments are changed in the order of bytes freed for each second added until the rank fits.
     """
+    chosen: dict[int, str] = {}
+    for model in models:
+        for i, choice in _changes(model, plan).items():
+            if RECOMPUTE.index(choice) > RECOMPUTE.index(chosen.get(i, "none")):
+                chosen[i] = choice
+    if not chosen:
+        return None
+    found = replace(plan, recompute_segments={str(i): choice for i, choice in sorted(chosen.items())})
+    fits = all(
+        parts.total <= limit
+        for model in models
+        for parts, limit in zip(place(model, found).memory, limits(model), strict=True)
+    )
+    return found if fits else None
+
+
+def _changes(model: Model, plan: Plan) -> dict[int, str]:
+    """Segments and their new recompute choices, with which one lane should fit."""
     placed = place(model, plan)
     chosen: dict[int, str] = {}
-    for rank, (parts, limit) in enumerate(zip(placed.memory, limits, strict=True)):
+    for rank, (parts, limit) in enumerate(zip(placed.memory, limits(model), strict=True)):
         excess = parts.total - limit
         if excess <= 0:
             continue
@@ -112,8 +140,4 @@ def mixed_recompute(model: Model, plan: Plan, limits: Sequence[float]) -> Plan |
             if freed > got.get(i, 0.0):
                 got[i] = freed
                 chosen[i] = choice
-    if not chosen:
-        return None
-    found = replace(plan, recompute_segments={str(i): choice for i, choice in sorted(chosen.items())})
-    fits = all(p.total <= limit for p, limit in zip(place(model, found).memory, limits, strict=True))
-    return found if fits else None
+    return chosen

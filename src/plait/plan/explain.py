@@ -12,7 +12,7 @@ from plait.hardware.clusters import network_of
 from plait.plan.search import SearchResult, search
 from plait.plan.space import Space, unsupported
 from plait.schema.cluster import Cluster, Link
-from plait.schema.estimate import Estimate
+from plait.schema.estimate import Estimate, LaneEstimate
 from plait.schema.graph import Graph
 from plait.units import format_bytes, format_seconds
 
@@ -100,6 +100,8 @@ def explain(
     lines.append(
         f"binds: {binding}" + (f", then {_RESOURCE[second]}" if waste[second] > 0.02 * best.step_time_s else "")
     )
+    by_speed = " by speed" if best.plan.batch_shares else ""
+    lines += [f"samples{by_speed}: {_lane_text(lane)}" for lane in best.lanes]
     lines += _memory_line(best, graph, cluster)
     if len(result.plans) > 1:
         lines.append(_difference(best, result.plans[1]))
@@ -130,6 +132,13 @@ def _on(count: int, graph: Graph, cluster: Cluster, best: Estimate, space: Space
     except PlaitError:
         return float("inf")
     return found.plans[0].step_time_s
+
+
+def _lane_text(lane: LaneEstimate) -> str:
+    """What one kind of replica gets and how long it takes."""
+    devices = " and ".join(dict.fromkeys(lane.devices))
+    who = f"each of {len(lane.replicas)} replicas" if len(lane.replicas) > 1 else "1 replica"
+    return f"{lane.samples:g} for {who} on {devices}, done after {format_seconds(lane.step_time_s)}"
 
 
 def _memory_line(best: Estimate, graph: Graph, cluster: Cluster) -> list[str]:

@@ -15,6 +15,7 @@ interleaved schedules.
 from __future__ import annotations
 
 import heapq
+import itertools
 import math
 import time
 from collections import Counter
@@ -24,71 +25,34 @@ from typing import Any
 
 from plait.cost.bubble import least_seconds
 from plait.cost.calibration import Calibration, Software, load_calibration
+from plait.cost.lanes import Lane, device_runs, lanes
 from plait.cost.model import Cache, Model
-from plait.cost.placement import USABLE, place
+from plait.cost.placement import limits, place
 from plait.cost.step import default_software, finish, stage_times
 from plait.errors import HardwareError, PlanError
 from plait.plan.cutting import all_cuts, balanced, mixed_recompute
-from plait.plan.space import Degrees, Space, degrees, facts_of, microbatch_sizes, unsupported
-from plait.schema.cluster import Cluster
-from plait.schema.estimate import Estimate, MemoryParts
+from plait.plan.result import Refusal, SearchResult, dominates
+from plait.plan.shares import all_divisions, by_speed, neighbours
+from plait.plan.shortfall import Shortfall, shortfall_error
+from plait.plan.space import Degrees, Space, degrees, facts_of, microbatch_counts, unsupported
+from plait.schema.cluster import Cluster, Device
+from plait.schema.estimate import Estimate
 from plait.schema.graph import Graph
 from plait.schema.plan import Plan
-from plait.units import gib
 
 __all__ = ["Refusal", "SearchResult", "search"]
 
 
 @dataclass(frozen=True, slots=True)
-class Refusal:
-    """A reason why plans were left out."""
+class _LeastWork:
+    """Of one replica for one microbatch, every segment on its fastest device and as little recomputed as can be."""
 
-    reason: str
-    count: int
-    example: str
-
-
-@dataclass(frozen=True, slots=True)
-class SearchResult:
-    """What a search found."""
-
-    plans: tuple[Estimate, ...]
-    """Best first, each with its plan."""
-    pareto: tuple[Estimate, ...]
-    """No other plan that was tried is at once faster, smaller in memory and cheaper."""
-    refused: tuple[Refusal, ...]
-    groups: int
-    """Combinations that were bounded."""
-    tried: int
-    """Plans that were estimated in full."""
-    seconds: float
-
-    @property
-    def best(self) -> Plan:
-        """The fastest plan that fits."""
-        return self.plans[0].plan
-
-    @property
-    def estimate(self) -> Estimate:
-        """The best plan's estimate."""
-        return self.plans[0]
-
-    def to_dict(self) -> dict[str, Any]:
-        """The object that `plait plan --json` prints."""
-
-        def shown(found: Estimate) -> dict[str, Any]:
-            reasons = unsupported(found.plan)
-            more = {"not_executable": list(reasons)} if reasons else {}
-            return {"spec": found.plan.spec(), "plan": found.plan.to_dict(), "estimate": found.summary(), **more}
-
-        return {
-            "plans": [shown(found) for found in self.plans],
-            "pareto": [shown(found) for found in self.pareto],
-            "refused": [{"reason": r.reason, "count": r.count, "example": r.example} for r in self.refused],
-            "groups": self.groups,
-            "tried": self.tried,
-            "seconds": self.seconds,
-        }
+    total: float
+    """Seconds of all segments."""
+    longest: float
+    """Of the longest segment."""
+    forward: float
+    """Least share of a segment's forward in its time."""
 
 
 @dataclass(slots=True)
@@ -109,11 +73,12 @@ class _Search:
     kept: list[tuple[float, int, Estimate]] = field(default_factory=list)
     """A heap of the best so far, worst first."""
     front: list[Estimate] = field(default_factory=list)
-    smallest: tuple[float, Plan, MemoryParts, int] | None = None
-    """Of the plans that do not fit, the one with the least excess: (excess, plan, parts, rank)."""
+    smallest: Shortfall | None = None
+    """Of the plans that do not fit, the one with the least excess."""
     tried: int = 0
     groups: int = 0
     cuts: dict[tuple[Any, ...], tuple[int, ...]] = field(default_factory=dict)
+    paces: dict[tuple[Any, ...], float] = field(default_factory=dict)
     classes: dict[int, int] = field(default_factory=dict)
     """Segments by class (index of the first of its structure)."""
 
@@ -121,8 +86,12 @@ class _Search:
         self.refused[reason] += 1
         self.examples.setdefault(reason, example)
 
-    def model(self, plan: Plan) -> Model:
-        return Model(self.graph, self.cluster, plan, self.batch, self.software, self.calibration, self.cache)
+    def models(self, plan: Plan) -> list[Model]:
+        """One for each kind of replica."""
+        return [self.model(plan, lane) for lane in lanes(self.cluster, plan, self.batch)]
+
+    def model(self, plan: Plan, lane: Lane) -> Model:
+        return Model(self.graph, self.cluster, plan, self.batch, self.software, self.calibration, self.cache, lane)
 
     def threshold(self) -> float:
         """Step time that a plan must beat to be kept."""
@@ -132,30 +101,78 @@ class _Search:
         """(lower bound, plan without sharding and cuts) of every legal group."""
         facts = facts_of(self.graph)
         self.classes = dict(Counter(segment.equals for segment in self.graph.segments))
-        works: dict[tuple[Any, ...], tuple[float, float, float]] = {}
+        works: dict[tuple[Any, ...], list[_LeastWork]] = {}
+        divided: dict[tuple[Any, ...], list[tuple[int, ...]]] = {}
         for d, reason in degrees(facts, self.cluster, self.batch, self.space):
             if reason:
                 self.refuse(reason, _text(d))
                 continue
-            samples = self.batch // d.replicas
-            for size in microbatch_sizes(samples, d.pp, self.space):
-                m = samples // size
-                for schedule, chunks in self.schedules(d, m, facts.segments):
-                    for recompute in self.space.recompute:
-                        for sequence in self.space.sequence_parallel if d.tp > 1 else ("no",):
-                            values: dict[str, Any] = {
-                                "dp": d.replicas, "tp": d.tp, "cp": d.cp, "pp": d.pp, "ep": d.ep, "microbatches": m,
-                                "schedule": schedule, "interleave": chunks, "recompute": recompute,
-                                "precision": self.precision, "sequence_parallel": sequence, "zero": 1,
-                            }  # fmt: skip
-                            plan = Plan(**values)
-                            if self.space.executable and (reasons := unsupported(plan)):
-                                self.refuse(reasons[0].partition(":")[0] + " cannot be executed yet", plan.spec())
-                                continue
-                            key = (d.tp, d.cp, d.ep, size, recompute, sequence, d.devices // max(1, d.replicas * d.pp))
-                            if key not in works:
-                                works[key] = self.work_of(plan)
-                            yield self.bound(plan, *works[key]), plan
+            for m in microbatch_counts(self.batch, d.replicas, self.cluster, self.space):
+                for (schedule, chunks), recompute, sequence in itertools.product(
+                    self.schedules(d, m, facts.segments),
+                    self.space.recompute,
+                    self.space.sequence_parallel if d.tp > 1 else ("no",),
+                ):
+                    values: dict[str, Any] = {
+                        "dp": d.replicas, "tp": d.tp, "cp": d.cp, "pp": d.pp, "ep": d.ep, "microbatches": m,
+                        "schedule": schedule, "interleave": chunks, "recompute": recompute,
+                        "precision": self.precision, "sequence_parallel": sequence, "zero": 1,
+                    }  # fmt: skip
+                    plan = Plan(**values)
+                    if self.space.executable and (reasons := unsupported(plan)):
+                        self.refuse(reasons[0].partition(":")[0] + " cannot be executed yet", plan.spec())
+                        continue
+                    chosen = (d, m, recompute, sequence)
+                    if chosen not in divided:
+                        divided[chosen] = list(self.share_options(plan))
+                    for shares in divided[chosen]:
+                        # On one kind of device neither the pipeline nor the number of replicas changes a segment.
+                        mixed = () if self.cluster.is_uniform else (d.pp, d.replicas)
+                        key = (d.tp, d.cp, d.ep, m * d.replicas, recompute, sequence, shares, mixed)
+                        uneven = replace(plan, batch_shares=shares) if shares else plan
+                        if key not in works:
+                            works[key] = self.work_of(uneven)
+                        yield max(self.bound(plan, least) for least in works[key]), uneven
+
+    def share_options(self, plan: Plan) -> Iterator[tuple[int, ...]]:
+        """Ways to divide the samples over the replicas: evenly, and by the speed of their devices."""
+        whole = self.batch // plan.microbatches
+        if self.cluster.is_uniform or whole % plan.replicas == 0:
+            yield ()
+        if self.cluster.is_uniform:
+            return
+        runs = list(device_runs(self.cluster, plan))
+        counts: Counter[tuple[str, ...]] = Counter()
+        devices: dict[tuple[str, ...], tuple[Device, ...]] = {}
+        for first, last, those in runs:
+            counts[_names(those)] += last - first
+            devices.setdefault(_names(those), those)
+        kinds = list(counts)
+        numbers = list(counts.values())
+        options = all_divisions(whole, numbers, self.space.all_shares)
+        if options is None:
+            held = by_speed(whole, numbers, lambda kind, n: self.pace(plan, devices[kinds[kind]], n))
+            options = iter([held, *neighbours(held, numbers)])
+        for held in options:
+            each = {
+                kind: iter([total // counts[kind] + (i < total % counts[kind]) for i in range(counts[kind])])
+                for kind, total in zip(kinds, held, strict=True)
+            }
+            shares = tuple(plan.microbatches * next(each[_names(those)]) for a, b, those in runs for _ in range(a, b))
+            if len(set(shares)) > 1:
+                yield shares
+
+    def pace(self, plan: Plan, devices: tuple[Device, ...], samples: int) -> float:
+        """Seconds of a microbatch of so many samples on a replica whose stages are as long as one another."""
+        key = (_names(devices), samples, plan.tp, plan.cp, plan.ep, plan.recompute, plan.sequence_parallel)
+        if key not in self.paces:
+            model = self.model(plan, Lane(devices, float(samples), (0,)))
+            speed = 0.0
+            for rank in range(plan.pp):
+                whole = sum(n * model.times(c, rank, plan.recompute).total for c, n in self.classes.items())
+                speed += 1 / max(whole, 1e-30)
+            self.paces[key] = 1 / speed
+        return self.paces[key]
 
     def schedules(self, d: Degrees, m: int, segments: int) -> Iterator[tuple[str, int]]:
         if d.pp == 1:
@@ -169,31 +186,32 @@ class _Search:
                 if d.pp * chunks <= segments and m % d.pp == 0 and chunks > 1:
                     yield schedule, chunks
 
-    def work_of(self, plan: Plan) -> tuple[float, float, float]:
-        """(seconds of all segments, of the longest, least share of the forward) for one microbatch.
+    def work_of(self, plan: Plan) -> list[_LeastWork]:
+        """The least that each kind of replica has to do for one microbatch, dp and fsdp aside."""
+        found = []
+        for model in self.models(plan):
+            ranks = range(plan.pp) if not self.cluster.is_uniform else (0,)
+            choices = ("none", plan.recompute)
+            total = longest = 0.0
+            share = 1.0
+            for index, count in self.classes.items():
+                options = [model.times(index, rank, choice) for rank in ranks for choice in choices]
+                least = min(times.total for times in options)
+                share = min(share, *((t.forward + t.exposed_forward) / max(t.total, 1e-30) for t in options))
+                total += count * least
+                longest = max(longest, least)
+            found.append(_LeastWork(total, longest, share))
+        return found
 
-        dp and fsdp aside, on the fastest device.
-        """
-        model = self.model(plan)
-        ranks = range(plan.pp) if not self.cluster.is_uniform else (0,)
-        choices = ("none", plan.recompute)
-        total = longest = 0.0
-        share = 1.0
-        for index, count in self.classes.items():
-            options = [model.times(index, rank, choice) for rank in ranks for choice in choices]
-            least = min(times.total for times in options)
-            share = min(share, *((t.forward + t.exposed_forward) / max(t.total, 1e-30) for t in options))
-            total += count * least
-            longest = max(longest, least)
-        return total, longest, share
-
-    def bound(self, plan: Plan, total: float, longest: float, forward: float) -> float:
-        """A step time that no sharding and no cuts of `plan` can beat."""
+    def bound(self, plan: Plan, work: _LeastWork) -> float:
+        """A step time that no sharding and no cuts of `plan` can beat on replicas with `work`."""
         m, p = plan.microbatches, plan.pp
-        share = {"gpipe": 1.0, "1f1b": 1.0, "zerobubble": forward, "interleaved": 0.0}[plan.schedule]
-        best = max(m * total / p, m * longest, total * (forward if plan.schedule == "zerobubble" else 1.0))
+        share = {"gpipe": 1.0, "1f1b": 1.0, "zerobubble": work.forward, "interleaved": 0.0}[plan.schedule]
+        best = max(
+            m * work.total / p, m * work.longest, work.total * (work.forward if plan.schedule == "zerobubble" else 1.0)
+        )
         if share and p > 1:
-            best = max(best, share * total / (1 - (1 - share / m) ** p))
+            best = max(best, share * work.total / (1 - (1 - share / m) ** p))
         return best
 
     def shardings(self, plan: Plan) -> Iterator[Plan]:
@@ -213,47 +231,52 @@ class _Search:
     def expand(self, plan: Plan) -> None:
         """Tries every sharding of a group."""
         for candidate in self.shardings(plan):
-            model = self.model(candidate)
+            models = self.models(candidate)
             options = all_cuts(len(self.graph.segments), candidate.stages, self.space.all_cuts)
             if options is None:
-                options = iter([self.balanced_cuts(model, candidate)])
+                options = iter([self.balanced_cuts(models, candidate)])
             for cuts in options:
-                self.evaluate(model, replace(candidate, cuts=cuts))
+                self.evaluate(models, replace(candidate, cuts=cuts))
 
-    def balanced_cuts(self, model: Model, plan: Plan) -> tuple[int, ...]:
+    def balanced_cuts(self, models: list[Model], plan: Plan) -> tuple[int, ...]:
         if not self.cluster.is_uniform or plan.stages == 1:
-            return balanced(model, plan)
-        key = (plan.stages, plan.recompute, *(model.times(c, 0, plan.recompute).total for c in self.classes))
+            return balanced(models, plan)
+        key = (plan.stages, plan.recompute, *(models[0].times(c, 0, plan.recompute).total for c in self.classes))
         if key not in self.cuts:
-            self.cuts[key] = balanced(model, plan)
+            self.cuts[key] = balanced(models, plan)
         return self.cuts[key]
 
-    def limits(self, model: Model) -> list[float]:
-        return [USABLE * d.memory_bytes if d.memory_bytes is not None else math.inf for d in model.devices]
-
-    def evaluate(self, model: Model, plan: Plan) -> None:
+    def evaluate(self, models: list[Model], plan: Plan) -> None:
         """Estimates one complete plan and keeps it if it is good."""
         if len(self.kept) >= self.top and not self.space.all_cuts:
             late = 0.0 if plan.schedule == "zerobubble" else 1.0
-            least = least_seconds(stage_times(model, plan), ranks=plan.pp, microbatches=plan.microbatches, late=late)
+            least = max(
+                least_seconds(stage_times(model, plan), ranks=plan.pp, microbatches=plan.microbatches, late=late)
+                for model in models
+            )
             if least >= self.threshold():
                 return
-        limits = self.limits(model)
-        placed = place(model, plan)
-        excess = [parts.total - limit for parts, limit in zip(placed.memory, limits, strict=True)]
-        worst = max(range(plan.pp), key=excess.__getitem__)
-        if excess[worst] > 0:
-            if self.smallest is None or excess[worst] < self.smallest[0]:
-                self.smallest = (excess[worst], plan, placed.memory[worst], worst)
+        placed = [place(model, plan) for model in models]
+        worst = max(
+            (
+                Shortfall(parts.total - limit, plan, parts, rank, model.devices[rank].name)
+                for model, where in zip(models, placed, strict=True)
+                for rank, (parts, limit) in enumerate(zip(where.memory, limits(model), strict=True))
+            ),
+            key=lambda found: found.excess,
+        )
+        if worst.excess > 0:
+            if self.smallest is None or worst.excess < self.smallest.excess:
+                self.smallest = worst
             self.refuse("needs more memory than a device has", plan.spec())
             if not (self.space.mixed and plan.recompute == "none"):
                 return
-            found = mixed_recompute(model, plan, limits)
+            found = mixed_recompute(models, plan)
             if found is None:
                 return
-            plan, placed = found, place(model, found)
+            plan, placed = found, [place(model, found) for model in models]
         self.tried += 1
-        self.keep(finish(model, plan, placed))
+        self.keep(finish(list(zip(models, placed, strict=True)), plan))
 
     def keep(self, found: Estimate) -> None:
         """Adds an estimate to the best and to the front."""
@@ -264,9 +287,9 @@ class _Search:
                 heapq.heappush(self.kept, item)
             else:
                 heapq.heapreplace(self.kept, item)
-        if any(_dominates(other, found) for other in self.front):
+        if any(dominates(other, found) for other in self.front):
             return
-        self.front = [other for other in self.front if not _dominates(found, other)] + [found]
+        self.front = [other for other in self.front if not dominates(found, other)] + [found]
 
     def run(self) -> None:
         branches = []
@@ -287,11 +310,8 @@ class _Search:
             self.expand(plan)
 
 
-def _dominates(a: Estimate, b: Estimate) -> bool:
-    """Whether `a` is at least as good as `b` in time, memory and dollars (equal counts: the first one found stays)."""
-    if a.step_time_s > b.step_time_s or a.peak_memory > b.peak_memory:
-        return False
-    return a.usd_per_step is None or b.usd_per_step is None or a.usd_per_step <= b.usd_per_step
+def _names(devices: tuple[Device, ...]) -> tuple[str, ...]:
+    return tuple(device.name for device in devices)
 
 
 def _text(d: Degrees) -> str:
@@ -355,16 +375,4 @@ def _nothing(run: _Search) -> PlanError:
             f"no plan is legal on {run.cluster.name} for a batch of {run.batch}: {why or 'nothing to try'}",
             hint="change --batch to a multiple of more device counts, or the number of devices",
         )
-    excess, plan, parts, rank = run.smallest
-    limit = parts.total - excess
-    shown = ", ".join(
-        f"{name} {gib(value):.1f}" for name, value in parts.to_dict().items() if value > 0.005 * parts.total
-    )
-    factor = parts.total / limit
-    return PlanError(
-        f"no plan fits: the smallest needs {gib(parts.total):.1f} GiB on pipeline rank {rank}, "
-        f"each device of {run.cluster.name} may use {gib(limit):.1f} GiB ({gib(excess):.1f} GiB short, {plan.spec()})\n\n"
-        f"  in GiB: {shown}",
-        hint=f"take devices with {math.ceil(factor * 10) / 10:g} times the memory, about "
-        f"{math.ceil(run.cluster.devices * factor)} devices of this kind, a smaller batch, or a smaller model",
-    )
+    return shortfall_error(run.smallest, run.cluster)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from plait.errors import PlanError
 from plait.schema.cluster import Cluster
@@ -18,7 +19,7 @@ __all__ = [
     "degrees",
     "facts_of",
     "illegal",
-    "microbatch_sizes",
+    "microbatch_counts",
     "refuse_unsupported",
     "unsupported",
 ]
@@ -47,6 +48,9 @@ class Space:
     """Also sharding within a node and replication across (dp x fsdp both above 1)."""
     all_cuts: int = 0
     """Up to so many ways to cut the pipeline are all tried; above, the cuts that balance the stages."""
+    all_shares: int = 0
+    """On a mixed cluster, up to so many ways to divide a microbatch over the kinds of device are all tried; above, the
+    division by speed and those one sample beside it."""
     idle: float | None = None
     """Fraction of the devices a plan may leave idle; None: none up to 64 devices, a tenth above."""
     executable: bool = False
@@ -137,7 +141,8 @@ def degrees(facts: Facts, cluster: Cluster, batch: int, space: Space) -> Iterato
     """Every combination of degrees with the reason why it is illegal ('' where it is legal).
 
     For each tp, cp and pp the replicas are the largest number that the cluster has room for and that divides the batch,
-    so that a cluster of an awkward size is used but for a few devices.
+    so that a cluster of an awkward size is used but for a few devices. On a mixed cluster, where shares may differ, also
+    as many as there is room for.
     """
     count = cluster.devices
     idle = space.idle if space.idle is not None else (0.0 if count <= 64 else 0.1)
@@ -154,13 +159,15 @@ def degrees(facts: Facts, cluster: Cluster, batch: int, space: Space) -> Iterato
                 room = count // (tp * cp * pp)
                 if room < 1:
                     continue
-                replicas = max((b for b in exact if b <= room), default=0)
-                base = Degrees(tp, cp, pp, 1, replicas)
-                if replicas == 0 or base.devices < (1 - idle) * count:
-                    other = illegal(facts, cluster, Degrees(tp, cp, pp, 1, max(1, replicas)))
+                options = {max((b for b in exact if b <= room), default=0)}
+                if not cluster.is_uniform:
+                    options.add(min(room, batch))
+                enough = [r for r in sorted(options) if r and r * tp * cp * pp >= (1 - idle) * count]
+                if not enough:
+                    base = Degrees(tp, cp, pp, 1, max(options))
+                    other = illegal(facts, cluster, replace(base, replicas=max(1, base.replicas)))
                     yield base, other or f"a batch of {batch} does not divide over enough replicas of {count} devices"
-                    continue
-                for ep in eps:
+                for replicas, ep in itertools.product(enough, eps):
                     found = Degrees(tp, cp, pp, ep, replicas)
                     yield found, illegal(facts, cluster, found)
 
@@ -170,14 +177,19 @@ def _useful(pp: int, segments: int, count: int) -> bool:
     return pp <= 8 or count % pp == 0 or (segments - 2) % pp == 0
 
 
-def microbatch_sizes(samples: int, pp: int, space: Space) -> list[int]:
-    """Samples in a microbatch that divide a replica's samples: powers of two and the whole, small ones first."""
-    sizes = [s for s in divisors(samples) if s & (s - 1) == 0 or s == samples]
-    if space.microbatch_sizes:
-        sizes = [s for s in divisors(samples) if s in space.microbatch_sizes]
-    if pp > 1:
-        sizes = [s for s in sizes if samples // s >= 1]
-    return sizes
+def microbatch_counts(batch: int, replicas: int, cluster: Cluster, space: Space) -> list[int]:
+    """Numbers of microbatches, most first.
+
+    A replica's samples in one are a power of two or all it has, and divide these. On a mixed cluster, where replicas may
+    take unequal shares, any number that divides the batch and leaves every replica a sample.
+    """
+    if not cluster.is_uniform:
+        counts = [m for m in reversed(divisors(batch)) if batch // m >= replicas]
+        return [m for m in counts if not space.microbatch_sizes or batch // m // replicas in space.microbatch_sizes]
+    samples = batch // replicas
+    wanted = space.microbatch_sizes
+    sizes = [s for s in divisors(samples) if (s in wanted if wanted else s & (s - 1) == 0 or s == samples)]
+    return [samples // size for size in sizes]
 
 
 def unsupported(plan: Plan) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 import sysconfig
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
@@ -82,7 +82,8 @@ def _mix(*numbers: int) -> int:
 
 
 class Batches:
-    """Batches of a source, epoch after epoch, for part `index` of `count` of the samples of each microbatch.
+    """Batches of a source, epoch after epoch, for part `index` of `count` of the samples of each microbatch, parts
+    in the proportion of `weights`.
 
     `position` (epoch, step) is where the next batch comes from; setting it continues there. Iterating never ends
     unless the source can be read only once; `one_epoch` does.
@@ -97,6 +98,7 @@ class Batches:
         index: int = 0,
         count: int = 1,
         microbatches: int = 1,
+        weights: Sequence[int] = (),
         shuffle: bool = True,
     ) -> None:
         if not 0 <= index < count:
@@ -117,6 +119,7 @@ class Batches:
         self.seed = seed
         self.index, self.count = index, count
         self.microbatches = microbatches
+        self.weights = weights
         self.shuffle = shuffle
         self.position = (0, 0)
 
@@ -161,7 +164,7 @@ class Batches:
             indices = global_indices(
                 self._size, self.batch, seed=self.seed, epoch=epoch, step=step, shuffle=self.shuffle
             )
-            table = shares(len(indices), min(self.microbatches, len(indices)), self.count)
+            table = shares(len(indices), min(self.microbatches, len(indices)), self.count, self.weights)
             mine = [indices[i] for row in table for i in range(*row[self.index])]
             # A replica with nothing to do still takes part in every collective: one sample, which counts nothing.
             inputs, targets = _pair(_collate([self._sample(i, epoch) for i in mine or indices[:1]]))

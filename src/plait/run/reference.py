@@ -111,7 +111,7 @@ def run_reference(
     `quiet()` is the context in which randomness is off.
     """
     first = batch_of_step(job, samples, 0)
-    table = shares(samples, min(plan.microbatches, samples), plan.replicas)
+    table = shares(samples, min(plan.microbatches, samples), plan.replicas, plan.batch_shares)
     rows = [(row[0][0], row[-1][1]) for row in table]
     every = [part for row in table for part in row]
     whole_loss = _loss_only(job, module, plan, first, [(0, samples)], quiet)

@@ -60,7 +60,7 @@ def start(
     built = build(job, seed=seed, values=True)
     if change is not None:
         built = built.changed(change)
-    table = shares(size, bound.microbatches, bound.replicas)
+    table = shares(size, bound.microbatches, bound.replicas, bound.batch_shares)
     part = max(1, *(stop - start for row in table for start, stop in row))
     try:
         program = trace(job, module=built.module, batch=part, say=say if world.rank == 0 else None)
@@ -241,7 +241,7 @@ class Run:
         """This process's microbatches, and each one's weight in the step's loss (0 for a stand-in)."""
         size = batches.batch_size(self.job, batch) if share_of is None else share_of
         count = min(self.plan.microbatches, size)
-        table = shares(size, count, self.plan.replicas)
+        table = shares(size, count, self.plan.replicas, self.plan.batch_shares)
         mine = [row[self.world.replica] for row in table]
         bounds = mine if share_of is None else _from_zero(mine)
         held = size if share_of is None else batches.batch_size(self.job, batch)

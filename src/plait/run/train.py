@@ -81,6 +81,7 @@ def _source(job: Job, run: Run, size: int, seed: int) -> tuple[Batches, bool]:
         index=run.world.replica,
         count=run.plan.replicas,
         microbatches=run.plan.microbatches,
+        weights=run.plan.batch_shares,
     )
     return source, job.data is None
 
@@ -214,6 +215,7 @@ def _evaluate(run: Run, size: int, seed: int, log: Log) -> dict[str, float]:
         index=run.world.replica,
         count=run.plan.replicas,
         microbatches=run.plan.microbatches,
+        weights=run.plan.batch_shares,
         shuffle=False,
     )
     total, count = 0.0, 0

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from plait.errors import HardwareError
 from plait.schema.records import Record
+from plait.schema.timing import Timing
 
 __all__ = ["LEVELS", "Cluster", "Device", "Group", "Link"]
 
@@ -101,6 +102,8 @@ class Link(Record):
     """Seconds for an empty message."""
     name: str = ""
     source: str = ""
+    timings: tuple[Timing, ...] = ()
+    """Collectives as they were measured on it; where there are any they count, not `bandwidth` and `latency`."""
 
     def __post_init__(self) -> None:
         if self.level not in LEVELS:
@@ -143,6 +146,13 @@ class Cluster(Record):
     def __post_init__(self) -> None:
         if not self.groups:
             raise HardwareError(f"cluster {self.name}: it has no devices")
+        for group in self.groups:
+            other = next(g.device for g in self.groups if g.device.name == group.device.name)
+            if other != group.device:
+                raise HardwareError(
+                    f"cluster {self.name}: two groups are called {other.name} but have different figures",
+                    hint="give each kind of device its own name",
+                )
         sizes = [link.size for link in self.links]
         if sizes != sorted(sizes):
             raise HardwareError(

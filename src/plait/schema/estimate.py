@@ -9,7 +9,7 @@ from plait.schema.plan import Plan
 from plait.schema.records import Record
 from plait.units import gib
 
-__all__ = ["Breakdown", "Estimate", "MemoryParts", "Span"]
+__all__ = ["Breakdown", "Estimate", "LaneEstimate", "MemoryParts", "Span"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,6 +82,24 @@ class Span(Record):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class LaneEstimate(Record):
+    """Replicas with the same devices and the same share of the samples, where a plan's replicas differ."""
+
+    devices: tuple[str, ...]
+    """The slowest device of each pipeline rank."""
+    replicas: tuple[int, ...]
+    """Which of the dp x fsdp replicas they are."""
+    samples: float
+    """Of each replica in one step."""
+    step_time_s: float
+    """Seconds until such a replica is done; the longest one's is the step."""
+    memory: tuple[MemoryParts, ...]
+    """By pipeline rank."""
+    memory_limits: tuple[float | None, ...]
+    """Bytes that a device of each pipeline rank may use."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Estimate(Record):
     """A prediction for one step of `plan` on `cluster`."""
 
@@ -95,9 +113,9 @@ class Estimate(Record):
     """Matmul and attention FLOP of forward and backward (attention in full, nothing recomputed) over peak."""
     breakdown: Breakdown
     memory: tuple[MemoryParts, ...]
-    """By pipeline rank; ranks of one pipeline position hold the same."""
+    """By pipeline rank; ranks of one pipeline position hold the same (the most of them, where `lanes` differ)."""
     memory_limit: float | None
-    """Bytes a rank may use; None where the device's memory is not known."""
+    """Bytes that the fullest rank's device may use; None where its memory is not known."""
     fits: bool
     timeline: tuple[Span, ...] = ()
     """First spans of the simulated schedule, for showing; long runs are cut."""
@@ -105,6 +123,8 @@ class Estimate(Record):
     joule_per_step: float | None = None
     notes: tuple[str, ...] = ()
     """Assumptions a reader should know: unverified figures, terms that were left out."""
+    lanes: tuple[LaneEstimate, ...] = ()
+    """Where replicas differ in devices or share of the samples; empty where all are alike."""
 
     @property
     def peak_memory(self) -> float:
@@ -116,11 +136,23 @@ class Estimate(Record):
         """Pipeline rank that holds most."""
         return max(range(len(self.memory)), key=lambda i: self.memory[i].total)
 
+    def memory_by_rank(self) -> list[float]:
+        """Bytes at the peak of every rank, tp fastest and pp slowest; by pipeline rank alone above 4,096 devices."""
+        if self.plan.devices > 4096:
+            return [parts.total for parts in self.memory]
+        plan = self.plan
+        found = []
+        for rank in range(plan.pp):
+            totals = [self.memory[rank].total] * plan.replicas
+            for lane in self.lanes:
+                for replica in lane.replicas:
+                    totals[replica] = lane.memory[rank].total
+            found += [total for total in totals for _ in range(plan.tp * plan.cp)]
+        return found
+
     def summary(self) -> dict[str, Any]:
         """The fields of `plait estimate --json`."""
-        by_stage = [gib(parts.total) for parts in self.memory]
-        per_stage = self.plan.devices // max(1, len(by_stage))
-        return {
+        found = {
             "spec": self.plan.spec(),
             "cluster": self.cluster,
             "batch": self.batch,
@@ -128,9 +160,7 @@ class Estimate(Record):
             "tokens_per_s": self.tokens_per_s,
             "mfu": self.mfu,
             "peak_memory_gib": gib(self.peak_memory),
-            "peak_memory_gib_by_rank": [value for value in by_stage for _ in range(per_stage)]
-            if self.plan.devices <= 4096
-            else by_stage,
+            "peak_memory_gib_by_rank": [gib(value) for value in self.memory_by_rank()],
             "memory_limit_gib": None if self.memory_limit is None else gib(self.memory_limit),
             "memory_parts_gib": {k: gib(v) for k, v in self.memory[self.fullest].to_dict().items()},
             "breakdown": self.breakdown.to_dict(),
@@ -139,3 +169,19 @@ class Estimate(Record):
             "joule_per_step": self.joule_per_step,
             "notes": list(self.notes),
         }
+        if self.lanes:
+            found["lanes"] = [_lane_summary(lane) for lane in self.lanes]
+        return found
+
+
+def _lane_summary(lane: LaneEstimate) -> dict[str, Any]:
+    return {
+        "devices": list(dict.fromkeys(lane.devices)),
+        "replicas": len(lane.replicas),
+        "samples": lane.samples,
+        "step_time_s": lane.step_time_s,
+        "peak_memory_gib": gib(max(parts.total for parts in lane.memory)),
+        "fits": all(
+            limit is None or parts.total <= limit for parts, limit in zip(lane.memory, lane.memory_limits, strict=True)
+        ),
+    }

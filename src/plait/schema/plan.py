@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +25,8 @@ _WORDS: dict[str, tuple[str, ...]] = {
     "precision": PRECISIONS,
     "sequence_parallel": ("no", "yes"),
 }
+_SHARE = re.compile(r"(?:(\d{1,9})x)?(\d{1,12})", re.ASCII)
+_MOST_REPLICAS = 10**6  # far above any cluster; keeps a mistyped count from filling memory
 _NUMBERS = (*AXES, "zero", "microbatches", "interleave")
 
 
@@ -51,6 +56,9 @@ class Plan(Record):
     precision: Literal["fp32", "bf16", "fp16", "fp8", "fp4"] = "fp32"
     sequence_parallel: Literal["no", "yes"] = "no"
     """Whether tp also splits what lies between its matmuls, along the sequence."""
+    batch_shares: tuple[int, ...] = ()
+    """Samples of the global batch by replica (dp x fsdp), where they differ; another batch, and each microbatch, is
+    split in the same proportion. Empty: all the same. As text, `3:1`, or `4x12:4x4` for four of 12 and four of 4."""
     cuts: tuple[int, ...] = ()
     """First segment of stages 1, 2, ...; empty: cut evenly by cost."""
     recompute_segments: dict[str, str] | None = None
@@ -67,6 +75,12 @@ class Plan(Record):
         for name, words in _WORDS.items():
             if getattr(self, name) not in words:
                 raise PlanError(f"plan: {name}={getattr(self, name)} is not one of {', '.join(words)}")
+        if self.batch_shares and len(self.batch_shares) != self.replicas:
+            raise PlanError(
+                f"plan: batch_shares has {len(self.batch_shares)} shares, dp x fsdp = {self.replicas} replicas need one each"
+            )
+        if any(share < 1 for share in self.batch_shares):
+            raise PlanError(f"plan: batch_shares {_shares_text(self.batch_shares)}: a share must be at least 1")
         if self.cuts and len(self.cuts) != self.stages - 1:
             raise PlanError(f"plan: {self.stages} stages need {self.stages - 1} cuts, got {len(self.cuts)}")
         if list(self.cuts) != sorted(set(self.cuts)) or (self.cuts and self.cuts[0] < 1):
@@ -134,6 +148,8 @@ class Plan(Record):
             value = getattr(self, field.name)
             if field.name in (*_NUMBERS, *_WORDS) and value != field.default:
                 parts.append(f"{field.name}={value}")
+            elif field.name == "batch_shares" and value:
+                parts.append(f"batch_shares={_shares_text(value)}")
         return ",".join(parts) or "dp=1"
 
     @classmethod
@@ -146,14 +162,17 @@ class Plan(Record):
         values: dict[str, Any] = {}
         for part in filter(None, (p.strip() for p in text.split(","))):
             name, sign, value = (piece.strip() for piece in part.partition("="))
-            if not sign or name not in (*_NUMBERS, *_WORDS):
-                known = ", ".join((*_NUMBERS, *_WORDS))
+            if not sign or name not in (*_NUMBERS, *_WORDS, "batch_shares"):
+                known = ", ".join((*_NUMBERS, *_WORDS, "batch_shares"))
                 raise PlanError(f"plan: {part!r} is not NAME=VALUE with a known name", hint=f"known names: {known}")
             if name in values:
                 raise PlanError(f"plan: {name} is given twice")
             if name in _NUMBERS and not value.isdigit():
                 raise PlanError(f"plan: {name}={value} is not a whole number")
-            values[name] = int(value) if name in _NUMBERS else value
+            if name == "batch_shares":
+                values[name] = _shares_of(value)
+            else:
+                values[name] = int(value) if name in _NUMBERS else value
         return cls(**values)
 
     @classmethod
@@ -186,3 +205,20 @@ class Plan(Record):
         import yaml
 
         return str(yaml.safe_dump(self.to_dict(), sort_keys=False))
+
+
+def _shares_text(shares: Sequence[int]) -> str:
+    runs = [(share, len(list(alike))) for share, alike in groupby(shares)]
+    return ":".join(f"{count}x{share}" if count > 1 else str(share) for share, count in runs)
+
+
+def _shares_of(text: str) -> tuple[int, ...]:
+    """The shares of `3:1` or `4x12:4x4`."""
+    found: list[int] = []
+    for piece in text.split(":"):
+        match = _SHARE.fullmatch(piece.strip())
+        if match is None or int(match[1] or 1) > _MOST_REPLICAS:
+            raise PlanError(f"plan: batch_shares={text} is not SHARE:SHARE:... or COUNTxSHARE:...",
+                            hint="write for example batch_shares=3:1 for dp=2, or 4x12:4x4 for dp=8")  # fmt: skip
+        found += [int(match[2])] * int(match[1] or 1)
+    return tuple(found)
