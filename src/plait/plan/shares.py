@@ -76,9 +76,10 @@ def all_divisions(total: int, counts: Sequence[int], most: int) -> Iterator[list
 def neighbours(held: Sequence[int], counts: Sequence[int]) -> Iterator[list[int]]:
     """Divisions in which one kind's fullest replicas give a sample each to another kind.
 
-    What is done once a step, and how sharding's messages hide behind the work, may make one of these the better.
+    What is done once a step, and how sharding's messages hide behind the work, may make one of these the better; from
+    eight samples on one more is too little a change to pay for the search.
     """
     for giver, taker in itertools.permutations(range(len(held)), 2):
         moved = (held[giver] - 1) % counts[giver] + 1
-        if held[giver] - moved >= counts[giver]:
+        if held[giver] - moved >= counts[giver] and held[giver] <= 8 * counts[giver]:
             yield [h - moved * (k == giver) + moved * (k == taker) for k, h in enumerate(held)]

@@ -181,11 +181,14 @@ def microbatch_counts(batch: int, replicas: int, cluster: Cluster, space: Space)
     """Numbers of microbatches, most first.
 
     A replica's samples in one are a power of two or all it has, and divide these. On a mixed cluster, where replicas may
-    take unequal shares, any number that divides the batch and leaves every replica a sample.
+    take unequal shares, any number that divides the batch and leaves every replica a sample; from eight samples a
+    replica on, powers of two again.
     """
     if not cluster.is_uniform:
-        counts = [m for m in reversed(divisors(batch)) if batch // m >= replicas]
-        return [m for m in counts if not space.microbatch_sizes or batch // m // replicas in space.microbatch_sizes]
+        means = {m: batch // m // replicas for m in reversed(divisors(batch)) if batch // m >= replicas}
+        if space.microbatch_sizes:
+            return [m for m, mean in means.items() if mean in space.microbatch_sizes]
+        return [m for m, mean in means.items() if mean < 8 or mean & (mean - 1) == 0 or m == 1]
     samples = batch // replicas
     wanted = space.microbatch_sizes
     sizes = [s for s in divisors(samples) if (s in wanted if wanted else s & (s - 1) == 0 or s == samples)]
