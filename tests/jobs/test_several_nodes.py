@@ -1,4 +1,4 @@
-"""torchrun over several nodes, for real: two network namespaces joined by a wire, each one a node."""
+"""torchrun over several nodes, for real: two and three network namespaces on a switch, each one a node."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 from plait.cli.main import run
+from plait.schema import Plan
 
-PLAN = "dp=2,pp=2"
 STEPS = 4
 
 
@@ -25,37 +25,41 @@ def ip(*words: str) -> None:
 
 
 @pytest.fixture
-def nodes() -> Iterator[tuple[str, str]]:
-    """Names of two namespaces whose only network is eth0, 10.77.0.1 and 10.77.0.2."""
+def nodes(request: pytest.FixtureRequest) -> Iterator[list[str]]:
+    """Names of namespaces whose only network is eth0, 10.77.0.1 and on; their wires meet in a bridge in one more."""
     if shutil.which("ip") is None:
         pytest.skip("needs `ip` (Debian: apt-get install iproute2)")
     if os.geteuid() != 0:
         pytest.skip("needs root to make network namespaces")
     tag = uuid.uuid4().hex[:6]
-    names = (f"plait{tag}a", f"plait{tag}b")
-    wires = (f"w{tag}a", f"w{tag}b")
+    switch, *names = all_names = [f"plait{tag}{number}" for number in range(request.param + 1)]
     try:
-        for name in names:
+        for name in all_names:
             ip("netns", "add", name)
+        ip("-n", switch, "link", "add", "bridge", "type", "bridge")
     except subprocess.CalledProcessError as problem:
+        remove(all_names)
         pytest.skip(f"network namespaces cannot be made here: {problem.stderr.strip()}")
     try:
-        ip("link", "add", wires[0], "type", "veth", "peer", "name", wires[1])
-        for number, (name, wire) in enumerate(zip(names, wires, strict=True), 1):
-            ip("link", "set", wire, "netns", name)
-            ip("-n", name, "link", "set", wire, "name", "eth0")
+        ip("-n", switch, "link", "set", "bridge", "up")
+        for number, name in enumerate(names, 1):
+            ip("-n", switch, "link", "add", f"port{number}", "type", "veth", "peer", "name", "eth0", "netns", name)
+            ip("-n", switch, "link", "set", f"port{number}", "master", "bridge", "up")
             ip("-n", name, "addr", "add", f"10.77.0.{number}/24", "dev", "eth0")
             ip("-n", name, "link", "set", "eth0", "up")
             ip("-n", name, "link", "set", "lo", "up")
         yield names
     finally:
-        for name in names:
-            left = subprocess.run(
-                ["ip", "netns", "pids", name], check=False, capture_output=True, text=True, timeout=20
-            )
-            for pid in left.stdout.split():
-                os.kill(int(pid), signal.SIGKILL)
-            subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True, timeout=20)
+        remove(all_names)
+
+
+def remove(names: list[str]) -> None:
+    """The namespaces, and what still runs in them."""
+    for name in names:
+        left = subprocess.run(["ip", "netns", "pids", name], check=False, capture_output=True, text=True, timeout=20)
+        for pid in left.stdout.split():
+            os.kill(int(pid), signal.SIGKILL)
+        subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True, timeout=20)
 
 
 def losses(folder: Path) -> dict[int, float]:
@@ -85,29 +89,21 @@ def sent_bytes(name: str) -> int:
 
 @pytest.mark.multi
 @pytest.mark.slow
-def test_two_nodes_train_as_one(fragile: Path, nodes: tuple[str, str]):
+@pytest.mark.parametrize(("nodes", "plan"), [(2, "dp=2,pp=2"), (3, "pp=3,microbatches=4")], indirect=["nodes"])
+def test_several_nodes_train_as_one(fragile: Path, nodes: list[str], plan: str):
     """The very files that `plait launch` wrote, started once in each node: the losses of one node, over the wire.
 
-    A process of the second node dies before its third step. Both nodes start theirs again, meet again, and go on.
+    A process of the last node dies before its third step. All nodes start theirs again, meet again, and go on.
     """
+    devices = str(Plan.parse(plan).devices)
     one = [
-        sys.executable,
-        "-m",
-        "plait",
-        "train",
-        "tiny.py:job",
-        "--plan",
-        PLAN,
-        "--devices",
-        "4",
-        "--steps",
-        str(STEPS),
-    ]
+        sys.executable, "-m", "plait", "train", "tiny.py:job", "--plan", plan, "--devices", devices, "--steps", str(STEPS),
+    ]  # fmt: skip
     quick = {**os.environ, "OMP_NUM_THREADS": "1"}
     subprocess.run([*one, "--run-dir", "runs/one"], check=True, capture_output=True, timeout=150, env=quick)
     words = (
-        "launch fragile.py:job --to torchrun --nodes 2 --gpu-type cpu --interface eth0 --run-dir runs/two --restarts 1 "
-        f"--checkpoint-minutes 0 --plan {PLAN} --steps {STEPS}"
+        "launch fragile.py:job --to torchrun --gpu-type cpu --interface eth0 --run-dir runs/several --restarts 1 "
+        f"--checkpoint-minutes 0 --plan {plan} --steps {STEPS} --nodes {len(nodes)}"
     )
     assert run(words.split()) == 0
     place = {**quick, "PLAIT_TIMEOUT_S": "60", "MASTER_ADDR": "10.77.0.1", "PYTHON": sys.executable}
@@ -125,6 +121,6 @@ def test_two_nodes_train_as_one(fragile: Path, nodes: tuple[str, str]):
 
     assert list(losses(Path("runs/one"))) == [1, 2, 3, 4]
     assert Path("died").exists(), shown
-    assert losses(Path("runs/two")) == pytest.approx(losses(Path("runs/one")), abs=1e-6), shown
-    # Every microbatch crossed from the first stage, which is one node, to the second, and its gradient came back.
+    assert losses(Path("runs/several")) == pytest.approx(losses(Path("runs/one")), abs=1e-6), shown
+    # Every microbatch crossed from a stage on one node to the next, and its gradient came back.
     assert min(sent_bytes(name) for name in nodes) > STEPS * 16 * 8 * 4
