@@ -18,6 +18,7 @@ PUBLIC = [
     "Program",
     "Run",
     "estimate",
+    "export",
     "launch",
     "parallelize",
     "search",

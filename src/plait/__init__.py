@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from plait.schema import Estimate as Estimate
     from plait.schema import Graph as Graph
     from plait.schema import Plan as Plan
+    from plait.serve.export import export as export
 
 __version__ = "0.1.0"
 
@@ -36,6 +37,7 @@ _HOME = {
     "Program": "plait.capture.program",
     "Run": "plait.run.start",
     "estimate": "plait.cost.step",
+    "export": "plait.serve.export",
     "launch": "plait.jobs.launch",
     "parallelize": "plait.auto",
     "search": "plait.plan.search",
@@ -55,6 +57,7 @@ __all__ = [
     "Program",
     "Run",
     "estimate",
+    "export",
     "launch",
     "parallelize",
     "search",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from contextlib import redirect_stderr
+from contextlib import redirect_stderr, suppress
 from io import StringIO
 from typing import TYPE_CHECKING, Any
 
@@ -21,12 +21,9 @@ __all__ = ["compiled", "eager"]
 def eager(subject: Subject, entry: str = "forward") -> tuple[Runner, Any, str]:
     """(runner, module, which): the user's own module (`own`), or where it cannot be rebuilt the program's (`exported`)."""
     if entry == "forward" and subject.recipe:
-        try:
-            runner, module = _own(subject.recipe, subject)
-        except Exception:  # another environment lacks what the user's code imports: then the program stands in
-            pass
-        else:
-            return runner, module, "own"
+        # Another environment lacks what the user's code imports: then the program stands in.
+        with suppress(Exception):
+            return *_own(subject.recipe, subject), "own"
     module = subject.program(entry).module(check_guards=False)
     return _runner(module), module, "exported"
 
@@ -36,7 +33,8 @@ def _runner(module: Any) -> Runner:
 
     def run(inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
         with torch.no_grad():
-            return module(*inputs)  # type: ignore[no-any-return]
+            outputs: Sequence[torch.Tensor] = module(*inputs)
+        return outputs
 
     return run
 
@@ -87,4 +85,5 @@ def compiled(runner: Runner) -> Runner:
     import torch
 
     torch._dynamo.reset()
-    return torch.compile(runner, dynamic=False)  # type: ignore[no-any-return]
+    found: Runner = torch.compile(runner, dynamic=False)
+    return found

@@ -39,7 +39,11 @@ def blame(text: str, program: torch.export.ExportedProgram) -> Blamed | None:
     for node in nodes:
         kinds.setdefault(_kind(node), node)
     for found in _OPERATOR.findall(text):
-        for kind in (found, found.strip("_"), re.sub(r"_(default|tensor|scalar|int|dim)$", "", found, flags=re.I)):
+        for kind in (
+            found,
+            found.strip("_"),
+            re.sub(r"_(default|tensor|scalar|int|dim)$", "", found, flags=re.IGNORECASE),
+        ):
             if kind in kinds:
                 return _blamed(kinds[kind])
     return None

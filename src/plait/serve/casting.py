@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from plait.serve.subject import Entry
 
-__all__ = ["DTYPES", "cast", "in_precision"]
+__all__ = ["DTYPES", "cast", "in_precision", "open_dims"]
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
@@ -30,7 +30,7 @@ def cast(program: torch.export.ExportedProgram, precision: str) -> torch.export.
     module: Any = program.module(check_guards=False)
     _cast_module(module, dtype)
     inputs = tuple(_to(value, dtype) for value in program.example_inputs[0])
-    dims = _dims_of(program)
+    dims = open_dims(program)
     with torch.no_grad():
         return torch.export.export(module, inputs, dynamic_shapes=dims, strict=False)
 
@@ -61,7 +61,8 @@ def _to(value: Any, dtype: torch.dtype) -> Any:
     return value.to(dtype) if hasattr(value, "is_floating_point") and value.is_floating_point() else value
 
 
-def _dims_of(program: torch.export.ExportedProgram) -> Any:
+def open_dims(program: torch.export.ExportedProgram) -> Any:
+    """`dynamic_shapes` that leave open what the program leaves open, with its limits."""
     import torch
     from torch.export import Dim
 

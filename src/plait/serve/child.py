@@ -162,6 +162,15 @@ def _export(request: Request, report: Report) -> None:
         _refuse_difference(parity)
     report.set(stage="running the data")
     _run_data(backend, subject, folder, facts, request)
+    if "decode" in subject.entries:
+        from plait.serve.generation import generation
+
+        report.set(stage="generating")
+        threads = max(request.threads)
+        found = generation(
+            backend, subject, folder, facts, request.precision, threads, timed=request.seconds > 0
+        )
+        report.set(generation=found)
     if request.seconds:
         report.set(stage="timing")
         time_all(backend, subject, folder, facts, request, report)
@@ -175,10 +184,10 @@ class _PerturbedSubject(Subject):
     def of(cls, subject: Subject) -> _PerturbedSubject:
         return cls(**{name: getattr(subject, name) for name in subject.__dataclass_fields__})
 
-    def program(self, entry: str = "forward", *, perturbed: bool = True) -> Any:  # noqa: ARG002
+    def program(self, entry: str = "forward", *, perturbed: bool = True) -> Any:
         return Subject.program(self, entry, perturbed=True)
 
-    def outputs(self, sample: Sample, entry: str = "forward", *, perturbed: bool = True) -> Any:  # noqa: ARG002
+    def outputs(self, sample: Sample, entry: str = "forward", *, perturbed: bool = True) -> Any:
         return Subject.outputs(self, sample, entry, perturbed=True)
 
 

@@ -175,7 +175,7 @@ def _any_program(
         try:
             with _no_noise(), _masks_unread():
                 program = torch.export.export(served, tuple(tensors), dynamic_shapes=shapes, strict=False)
-                if _plain_symbols(program, names):
+                if _plain_symbols(program):
                     return program
         except Exception as problem:
             first = first or problem
@@ -193,13 +193,18 @@ def _open_dims(tensor: torch.Tensor, batch_dim: int | None, most: int, length: b
     return found
 
 
-def _plain_symbols(program: torch.export.ExportedProgram, names: Sequence[str]) -> bool:
+def _plain_symbols(program: torch.export.ExportedProgram) -> bool:
     """Whether every open size is a symbol by itself; 8*s would need a rule of its own."""
-    sizes = [size for value in _values(program, names) for size in value.shape if isinstance(size, torch.SymInt)]
-    return all(size.node.expr.is_Symbol for size in sizes)
+    symbols = [_symbol(size) for value in _values(program) for size in value.shape]
+    return all(symbol.is_Symbol for symbol in symbols if symbol is not None)
 
 
-def _values(program: torch.export.ExportedProgram, names: Sequence[str]) -> list[torch.Tensor]:
+def _symbol(size: Any) -> Any:
+    """The expression of an open size; None where it is a number."""
+    return size.node.expr if isinstance(size, torch.SymInt) else None
+
+
+def _values(program: torch.export.ExportedProgram) -> list[torch.Tensor]:
     nodes = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
     return [nodes[name].meta["val"] for name in program.graph_signature.user_inputs if isinstance(name, str)]
 
@@ -215,13 +220,13 @@ def _specs(
     named: dict[Any, str] = {}
     dims: dict[str, tuple[int, int]] = {}
     specs = []
-    for name, value, tensor, batch_dim in zip(names, _values(program, names), tensors, batch_dims, strict=True):
+    for name, value, tensor, batch_dim in zip(names, _values(program), tensors, batch_dims, strict=True):
         shape: list[int | str] = []
         for i, size in enumerate(value.shape):
-            if not isinstance(size, torch.SymInt):
+            symbol = _symbol(size)
+            if symbol is None:
                 shape.append(int(size))
                 continue
-            symbol = size.node.expr
             if symbol not in named:
                 word = "batch" if i == batch_dim else "length"
                 number = sum(other.rstrip("0123456789") == word for other in dims)
@@ -233,7 +238,8 @@ def _specs(
                 dims[named[symbol]] = (low, min(limit, int(allowed.upper) if allowed.upper < 2**31 else limit))
             shape.append(named[symbol])
         specs.append(TensorSpec(name, _dtype(value), tuple(shape)))
-    values = [node.meta["val"] for node in program.graph.output_node().args[0]]  # type: ignore[union-attr]
+    found: Any = program.graph.output_node().args[0]
+    values = [node.meta["val"] for node in found]
     out_specs = [
         TensorSpec(name, _dtype(value), tuple(_size(size, named) for size in value.shape))
         for name, value in zip(out_names, values[-len(out_names) :], strict=True)
@@ -242,7 +248,8 @@ def _specs(
 
 
 def _size(size: Any, named: Mapping[Any, str]) -> int | str:
-    return named.get(size.node.expr, "?") if isinstance(size, torch.SymInt) else int(size)
+    symbol = _symbol(size)
+    return int(size) if symbol is None else named.get(symbol, "?")
 
 
 def _dtype(value: torch.Tensor) -> str:

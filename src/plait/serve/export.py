@@ -42,6 +42,7 @@ def export(
     batch: int | Sequence[int] = (1, 8),
     threads: int | Sequence[int] | None = None,
     data: str | os.PathLike[str] | None = None,
+    max_length: int | None = None,
     target: str | None = None,
     seconds: float = 4.0,
     limit: float = 600.0,
@@ -59,6 +60,7 @@ def export(
         batch: batch sizes to time; an artefact serves from 1 to the largest.
         threads: numbers of threads to time with; default: all cores.
         data: text for an hf: target whose accuracy is measured; by default the job's own data, else its sample batch.
+        max_length: positions of the key-value cache of a decoder, which then gets the entry points `prefill` and `decode`, too.
         target: what a run directory trained, where it does not say so itself.
         seconds: for timing each batch size with each number of threads; 0: not timed.
         limit: seconds for each backend before it is stopped.
@@ -88,11 +90,14 @@ def export(
     try:
         with tempfile.TemporaryDirectory(prefix="plait-export-") as scratch:
             prepared = _prepared(source, Path(scratch), sizes, data, tell)
+            decoder = None if max_length is None else _decoder(source, prepared, max_length, max(sizes), tell)
             job = _Task(source, prepared, Path(scratch), out, sizes, counts, seconds, limit, compiled, tell)
             rows = [job.row(name, place, p) for name, place in places.items() for p in precisions]
     except OSError as problem:
         raise PlaitError(f"export: {problem.strerror or problem}: {problem.filename or out}") from None
     report = _report(source, prepared, rows, sizes, counts)
+    if decoder is not None:
+        report["decoder"] = decoder
     _write_report(out, report)
     return report
 
@@ -125,6 +130,31 @@ def _prepared(source: Source, scratch: Path, sizes: Sequence[int], data: Any, te
     folder.mkdir()
     batches = _data_of(source, data, max(sizes))
     return prepare(source, folder, asked=sizes, data=batches, tell=lambda stage: tell("", stage))
+
+
+def _decoder(source: Source, prepared: Prepared, capacity: int, most: int, tell: Any) -> dict[str, Any]:
+    """Add `prefill` and `decode` to the subject; what proves them, or why this model has none."""
+    if capacity < 4:
+        raise ServeError(f"export: --max-length {capacity} must be at least 4")
+    from dataclasses import asdict
+
+    from plait.serve.decode import add_decoder
+    from plait.serve.source import eval_mode
+
+    tell("", "deriving prefill and decode")
+    try:
+        with eval_mode(source.module):
+            prepared.subject, proof = add_decoder(
+                prepared.subject,
+                source.module,
+                source.serving_job.batch[0],
+                capacity=capacity,
+                most=max(2, most),
+                random=source.random,
+            )
+    except ServeError as problem:
+        return {"ok": False, "capacity": capacity, "error": problem.message, "hint": problem.hint}
+    return {"ok": True, "capacity": capacity, **asdict(proof)}
 
 
 def _data_of(source: Source, path: Any, batch: int) -> list[tuple[Any, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -38,16 +39,14 @@ def task_loss(source: Source) -> Loss | None:
     except Exception:  # no loss at all: nothing to compare with
         return None
     for form in _forms(source.module):
-        try:
+        with suppress(Exception):  # a form that does not take these outputs is not the one
             if abs(float(form(outputs, targets)) - want) <= 1e-5 * max(abs(want), 1.0):
                 return form
-        except Exception:  # not this form
-            continue
     return None
 
 
 def _forms(module: Any) -> Iterator[Loss]:
-    def first(outputs: Any) -> torch.Tensor:
+    def first(outputs: Any) -> Any:
         return next(iter(dict(outputs).values())) if hasattr(outputs, "keys") else outputs[0]
 
     own = getattr(module, "loss_function", None)

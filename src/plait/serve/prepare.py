@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,12 @@ from plait.capture import batch as batches
 from plait.capture.trace import call_model
 from plait.errors import CheckpointError
 from plait.serve.entry import Flat, export_entry, write_sample
+from plait.serve.huggingface import keep_config
 from plait.serve.perturb import perturb
 from plait.serve.source import Source, eval_mode
-from plait.serve.subject import Entry, Sample, Subject
+from plait.serve.subject import Entry, Sample, Subject, misfit
 
-__all__ = ["Prepared", "prepare"]
+__all__ = ["Prepared", "outputs_moved", "prepare"]
 
 
 class Prepared:
@@ -74,6 +76,7 @@ def prepare(
         recipe={**source.recipe, "label": source.label, "shifts": source.shifts} if source.recipe else {},
     )
     _refuse_unfilled(source, subject)
+    keep_config(source, folder)
     subject.write()
     return Prepared(subject, flat, kept)
 
@@ -103,11 +106,15 @@ def _samples(source: Source, entry: Entry, flat: Flat, asked: Sequence[int], fol
     files = [f"{entry.name}-{i}.safetensors" for i in range(len(wanted))]
     if not source.random:
         return [write_sample(entry, folder, f, t, {"out": run}) for f, t in zip(files, wanted, strict=True)]
-    moved = _outputs_moved(source.module, run, wanted)
+    moved = outputs_moved(source.module, run, wanted)
     return [
-        write_sample(entry, folder, file, tensors, {"out": run, "perturbed": lambda _, given=given: given})
+        write_sample(entry, folder, file, tensors, {"out": run, "perturbed": partial(_given, given)})
         for file, tensors, given in zip(files, wanted, moved, strict=True)
     ]
+
+
+def _given(outputs: Sequence[torch.Tensor], _inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+    return outputs
 
 
 def _exported_two(entry: Entry, flat: Flat, job: Any) -> bool:
@@ -118,15 +125,15 @@ def _exported_two(entry: Entry, flat: Flat, job: Any) -> bool:
 def _shorter(entry: Entry, tensors: Sequence[torch.Tensor], lengths: dict[str, tuple[int, int]]) -> list[torch.Tensor]:
     found = []
     for spec, tensor in zip(entry.inputs, tensors, strict=True):
+        part = tensor
         for i, size in enumerate(spec.shape):
             if size in lengths:
-                low, _ = lengths[str(size)]
-                tensor = tensor.narrow(i, 0, max(low, tensor.shape[i] * 2 // 3))
-        found.append(tensor.contiguous())
+                part = part.narrow(i, 0, max(lengths[str(size)][0], tensor.shape[i] * 2 // 3))
+        found.append(part.contiguous())
     return found
 
 
-def _outputs_moved(module: nn.Module, run: Any, wanted: Sequence[Any]) -> list[Any]:
+def outputs_moved(module: nn.Module, run: Any, wanted: Sequence[Any]) -> list[Any]:
     """Outputs of the module with moved weights, which it has for the time of this alone."""
     # By the names in the exported program, which wraps the module as `model`.
     state = {f"model.{name}": value for name, value in module.state_dict().items()}
@@ -146,19 +153,7 @@ def _fits(entry: Entry, flat: Flat, source: Source, batch: tuple[Any, Any]) -> b
         tensors = flat.tensors(source.served(batch))
     except (IndexError, KeyError, AttributeError):
         return False
-    sizes: dict[str, int] = {}
-    for spec, tensor in zip(entry.inputs, tensors, strict=True):
-        if len(spec.shape) != tensor.dim():
-            return False
-        for size, allowed in zip(tensor.shape, spec.shape, strict=True):
-            if isinstance(allowed, int):
-                if size != allowed:
-                    return False
-            elif not entry.dims[allowed][0] <= size <= entry.dims[allowed][1]:
-                return False
-            elif sizes.setdefault(allowed, size) != size:
-                return False
-    return True
+    return misfit(entry, [tensor.shape for tensor in tensors]) is None
 
 
 def _bytes(module: nn.Module) -> int:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from plait.errors import ServeError
 from plait.serve.backend import Artefact, Backend, Runner
 from plait.serve.manifest import Manifest
-from plait.serve.subject import Entry, TensorSpec
+from plait.serve.subject import Entry, TensorSpec, misfit
 
 if TYPE_CHECKING:
     import torch
@@ -55,16 +55,7 @@ class Served:
     ) -> None:
         self.folder = folder
         self.manifest = manifest
-        self._load = lambda entry: backend.load(
-            Artefact(
-                folder=folder,
-                entry=entry,
-                precision=manifest.precision,
-                threads=threads,
-                facts=manifest.facts,
-                knobs=knobs,
-            )
-        )
+        self._backend, self._threads, self._knobs = backend, threads, knobs
         self._functions: dict[str, Function] = {}
 
     def entry(self, name: str) -> Function:
@@ -78,11 +69,19 @@ class Served:
                 f"{self.folder}: no entry point {name!r}", hint=f"it has {', '.join(self.manifest.entries)}"
             )
         if name not in self._functions:
-            entry = self.manifest.entries[name]
-            self._functions[name] = Function(entry, self._load(entry), str(self.folder))
+            artefact = Artefact(
+                folder=self.folder,
+                entry=self.manifest.entries[name],
+                precision=self.manifest.precision,
+                threads=self._threads,
+                facts=self.manifest.facts,
+                knobs=self._knobs,
+            )
+            self._functions[name] = Function(artefact.entry, self._backend.load(artefact), str(self.folder))
         return self._functions[name]
 
     def __call__(self, *inputs: Any, **named: Any) -> Any:
+        """What the entry point gives; see `Function`."""
         entries = self.manifest.entries
         return self.entry("forward" if "forward" in entries else next(iter(entries)))(*inputs, **named)
 
@@ -134,30 +133,20 @@ def checked(entry: Entry, tensors: list[torch.Tensor], where: str) -> list[torch
     """
     import torch
 
-    sizes: dict[str, int] = {}
-    found = []
     for spec, tensor in zip(entry.inputs, tensors, strict=True):
         if not isinstance(tensor, torch.Tensor):
             raise ServeError(f"{where}: {spec.name} is a {type(tensor).__name__}, not a tensor or an array")
-        if str(tensor.dtype).removeprefix("torch.") != spec.dtype:
-            raise ServeError(
-                f"{where}: {spec.name} is {str(tensor.dtype).removeprefix('torch.')}, it takes {spec.dtype}"
-            )
-        shape = tuple(tensor.shape)
-        fits = len(shape) == len(spec.shape)
-        for size, allowed in zip(shape, spec.shape, strict=False):
-            if isinstance(allowed, int):
-                fits &= size == allowed
-            elif allowed in entry.dims:
-                low, high = entry.dims[allowed]
-                fits &= low <= size <= high and sizes.setdefault(allowed, size) == size
-        if not fits:
-            raise ServeError(
-                f"{where}: {spec.name} has shape {shape}, it was exported for {describe(spec, entry)}",
-                hint="give inputs of that shape, or export again with the sizes you need (--batch, a longer sample)",
-            )
-        found.append(tensor.detach().cpu().contiguous())
-    return found
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        if dtype != spec.dtype:
+            raise ServeError(f"{where}: {spec.name} is {dtype}, it takes {spec.dtype}")
+    wrong = misfit(entry, [tensor.shape for tensor in tensors])
+    if wrong is not None:
+        shape = tuple(tensors[entry.inputs.index(wrong)].shape)
+        raise ServeError(
+            f"{where}: {wrong.name} has shape {shape}, it was exported for {describe(wrong, entry)}",
+            hint="give inputs of that shape, or export again with the sizes you need (--batch, a longer sample)",
+        )
+    return [tensor.detach().cpu().contiguous() for tensor in tensors]
 
 
 def describe(spec: TensorSpec, entry: Entry) -> str:

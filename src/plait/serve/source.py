@@ -6,7 +6,7 @@ import copy
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -221,11 +221,9 @@ def _label(job: Job, module: nn.Module) -> tuple[str, bool]:
     equal = [k for k, v in inputs.items() if isinstance(v, torch.Tensor) and torch.equal(v, targets)]
     for shifts in (False, True) if hasattr(module, _SHIFT) else (False,):
         for label in equal:
-            try:
+            with suppress(Exception):  # an input that the model needs is no label
                 call_model(module, _without(module, inputs, targets, label, shifts))
-            except Exception:  # an input that the model needs is no label
-                continue
-            return label, shifts
+                return label, shifts
     return "", False
 
 

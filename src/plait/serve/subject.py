@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -14,7 +14,7 @@ from plait.errors import ServeError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Entry", "Sample", "Subject", "TensorSpec"]
+__all__ = ["Entry", "Sample", "Subject", "TensorSpec", "misfit"]
 
 SUBJECT = "subject.json"
 
@@ -142,6 +142,19 @@ class Subject:
 
         with safe_open(self.folder / sample.file, framework="pt") as file:
             return [file.get_tensor(f"{kind}.{spec.name}") for spec in specs]
+
+
+def misfit(entry: Entry, shapes: Sequence[Sequence[int]]) -> TensorSpec | None:
+    """The first input whose shape is not what the entry point was exported for; None where all are."""
+    sizes: dict[str, int] = {}
+    for spec, shape in zip(entry.inputs, shapes, strict=True):
+        if len(shape) != len(spec.shape):
+            return spec
+        for size, allowed in zip(shape, spec.shape, strict=True):
+            low, high = entry.dims.get(allowed, (0, size)) if isinstance(allowed, str) else (allowed, allowed)
+            if not low <= size <= high or (isinstance(allowed, str) and sizes.setdefault(allowed, size) != size):
+                return spec
+    return None
 
 
 def _text(value: Any) -> str:
