@@ -151,7 +151,6 @@ def test_this_computer_is_the_answer_to_a_small_model():
         ({"only": ("H1000",)}, "'H1000' is not in the catalogue"),
         ({"only": ("H100-SXM",), "avoid": ("Hopper",)}, "--only H100-SXM and --avoid Hopper clash"),
         ({"require": ("confidental",)}, "'confidental' is not a need"),
-        ({"task": "serve"}, "serve is not built yet"),
         ({"only": ("nnvm",)}, "NNVM has been retired"),
         ({"tokens": -1.0}, "--tokens -1 must be above 0"),
     ],

@@ -58,7 +58,6 @@ def test_text_says_what_to_take(capsys):
     ("options", "says"),
     [
         (["t.py:job", "--tokens", "lots"], "--tokens 'lots' is not a number"),
-        (["t.py:job", "--task", "serve"], "serve is not built yet"),
         (["t.py:job", "--clouds", "gpc"], "nearest: gcp"),
         (["t.py:job", "--budget", "free"], "--budget 'free' is not a number"),
         (["t.py:job", "--explain", "dollars", *ONE[2:]], "not a figure of the answer"),

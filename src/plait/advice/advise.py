@@ -19,12 +19,13 @@ from typing import Any
 from plait.advice.answer import Answer, local_answer
 from plait.advice.bound import Counted, Precision, count_work, least_devices, seconds_per_sample
 from plait.advice.compatibility import training_precision
-from plait.advice.filters import Exclusion, parts_unpriced, remaining
+from plait.advice.filters import Exclusion, cannot_train, parts_unpriced, remaining
 from plait.advice.hunt import Candidate, Hunt, few_plans, varied
 from plait.advice.interruptions import expected_hours
 from plait.advice.nearest import nearest_or_longer
 from plait.advice.needs import Needs
 from plait.advice.shapes import shapes_of
+from plait.advice.trainable import with_trainable
 from plait.advice.work import Work, work_of
 from plait.cost.calibration import load_calibration
 from plait.errors import HardwareError, PlanError
@@ -33,6 +34,7 @@ from plait.hardware.offers import Offer, load_offers
 from plait.plan.search import search
 from plait.schema.cluster import Cluster
 from plait.schema.graph import Graph
+from plait.units import format_count
 
 __all__ = ["Advice", "advise"]
 
@@ -104,10 +106,11 @@ def advise(
     """
     began = time.perf_counter()
     today = today or datetime.datetime.now(datetime.UTC).date()
+    graph = with_trainable(graph, needs.trainable)
     work = work_of(graph, needs, own_batch)
     counted = count_work(graph)
     offers = load_offers() if offers is None else offers
-    filtered = remaining(offers, needs, counted)
+    filtered = remaining(offers, needs, lambda name: cannot_train(name, counted))
     candidates = _candidates(filtered.offers, offers, graph, needs, work, counted)
     hunt = Hunt(graph, needs, work, counted, keep, began + seconds, seconds, today)
     notes: list[str] = []
@@ -119,8 +122,12 @@ def advise(
         answers = nearest_or_longer(hunt, candidates, notes)
     if here is not None:
         answers = [here, *answers]
-    if any(not spec.trainable for spec in graph.parameters):
-        notes.append("frozen parameters are counted as if they were trained: memory and time are upper limits")
+    trained = sum(spec.numel for spec in graph.parameters if spec.trainable)
+    if trained < graph.numel:
+        notes.append(
+            f"{format_count(trained)} of {format_count(graph.numel)} parameters are trained; the others have neither gradients "
+            "nor optimizer state"
+        )
     return Advice(
         graph=graph,
         needs=needs,

@@ -35,6 +35,8 @@ class Counted:
     irregular: tuple[str, ...]
     """Kinds of operator here that dedicated parts do badly."""
     parameters: int
+    trained: int
+    """Of `parameters`, those that are trained."""
 
     @property
     def flops(self) -> float:
@@ -60,7 +62,8 @@ def count_work(graph: Graph) -> Counted:
                 plain += 3.0 * (op.read_bytes + op.write_bytes)
     irregular = tuple(sorted(kinds & {"scatter", "random", "other"}))
     n = graph.batch
-    return Counted(matmul / n, grouped / n, attention / n, back / n, plain / n, irregular, graph.numel)
+    return Counted(matmul / n, grouped / n, attention / n, back / n, plain / n, irregular, graph.numel,
+                   sum(p.numel for p in graph.parameters if p.trainable))  # fmt: skip
 
 
 def seconds_per_sample(counted: Counted, device: Device, precision: Precision, calibration: Calibration) -> float:
@@ -88,7 +91,8 @@ def least_devices(counted: Counted, device: Device, precision: Precision, calibr
     plain = state_bytes(Plan(precision=precision), software)
     sharded = state_bytes(Plan(fsdp=2, zero=3, precision=precision), software)
     each = min(s.weight + s.gradient + s.state for s in (plain, sharded))
-    return max(1, math.ceil(counted.parameters * each / (USABLE * device.need("memory_bytes"))))
+    frozen = (counted.parameters - counted.trained) * plain.gathered
+    return max(1, math.ceil((counted.trained * each + frozen) / (USABLE * device.need("memory_bytes"))))
 
 
 def _alone(device: Device) -> Cluster:

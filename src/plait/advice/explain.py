@@ -10,7 +10,7 @@ from plait.errors import RequestError
 from plait.hardware.catalogue import load_accelerators
 from plait.units import gib
 
-__all__ = ["FIGURES", "explain"]
+__all__ = ["FIGURES", "explain", "traced"]
 
 FIGURES = ("tokens", "batch", "hours", "usd", "usd_spot", "mfu", "memory", "energy", "co2", "price", "peak")
 
@@ -32,7 +32,7 @@ def explain(advice: Advice, name: str) -> dict[str, Any]:
     found = first.estimate
     if word in ("tokens", "batch"):
         value: float = work.tokens if word == "tokens" else work.batch
-        return _told(
+        return traced(
             word,
             value,
             work.unit if word == "tokens" else "samples",
@@ -44,9 +44,9 @@ def explain(advice: Advice, name: str) -> dict[str, Any]:
         ("tokens_per_s", found.tokens_per_s, f"cost model, plan {found.plan.spec()} (docs/cost.md)"),
     ]
     if word == "hours":
-        return _told(word, first.hours, "h", "tokens / tokens_per_s / 3600", hours)
+        return traced(word, first.hours, "h", "tokens / tokens_per_s / 3600", hours)
     if word == "mfu":
-        return _told(
+        return traced(
             word, found.mfu, "of peak", "matmul and attention FLOP of a step / (step_time x devices x peak)",
             [
                 ("flop_per_sample", advice.counted.flops, "counted over the model's operators"),
@@ -57,19 +57,19 @@ def explain(advice: Advice, name: str) -> dict[str, Any]:
         )  # fmt: skip
     if word == "memory":
         parts = found.memory[found.fullest].to_dict()
-        return _told(
+        return traced(
             word, gib(found.peak_memory), "GiB", "sum of the parts on the fullest rank",
             [(part, gib(value), "cost model, cost/memory.py") for part, value in parts.items()],
         )  # fmt: skip
     if word == "energy":
         value = _need(word, first.energy_kwh)
-        return _told(word, value, "kWh", "joule_per_step x steps / 3.6e6; accelerators alone, hosts and cooling add 30 to 60 %", [
+        return traced(word, value, "kWh", "joule_per_step x steps / 3.6e6; accelerators alone, hosts and cooling add 30 to 60 %", [
             ("joule_per_step", found.joule_per_step, "board power x time (cost/money.py)"),
             ("steps", work.tokens / (work.batch * advice.graph.tokens_per_sample), "tokens / (batch x tokens of a sample)"),
         ])  # fmt: skip
     if word == "co2":
         value = _need(word, first.co2_kg)
-        return _told(word, value, "kg", "energy x grid factor", [
+        return traced(word, value, "kg", "energy x grid factor", [
             ("energy_kwh", first.energy_kwh, "--explain energy"),
             ("grid_kg_per_kwh", advice.needs.grid_kg_per_kwh, "as given by --grid"),
         ])  # fmt: skip
@@ -78,7 +78,7 @@ def explain(advice: Advice, name: str) -> dict[str, Any]:
         told = first.compatibility
         if part is None or told is None:
             raise RequestError("--explain peak: the first answer is this computer, which was measured")
-        return _told(word, part.device.peak(told.precision), "FLOP/s", f"dense {told.precision} peak", [
+        return traced(word, part.device.peak(told.precision), "FLOP/s", f"dense {told.precision} peak", [
             (part.name, part.device.peak(told.precision), part.device.source)
         ])  # fmt: skip
     price = first.price(spot=word == "usd_spot" or (word == "price" and advice.needs.spot))
@@ -87,11 +87,11 @@ def explain(advice: Advice, name: str) -> dict[str, Any]:
     rate = ("usd_per_hour", price.usd_per_hour,
             f"{first.instances} x {price.offer.cloud} {price.offer.instance_type} {price.offer.region}, {price.offer.as_of}, {price.offer.source}")  # fmt: skip
     if word == "price":
-        return _told(word, price.usd_per_hour, "USD/h", "price of an instance x instances", [rate])
+        return traced(word, price.usd_per_hour, "USD/h", "price of an instance x instances", [rate])
     if word == "usd":
-        return _told(word, price.usd, "USD", "hours x usd_per_hour", [*hours, rate])
+        return traced(word, price.usd, "USD", "hours x usd_per_hour", [*hours, rate])
     needs = advice.needs
-    return _told(word, price.usd, "USD", "hours / (1 - instances x per_day/24 x (checkpoint/2 + restart)/60) x usd_per_hour", [
+    return traced(word, price.usd, "USD", "hours / (1 - instances x per_day/24 x (checkpoint/2 + restart)/60) x usd_per_hour", [
         *hours, rate, ("instances", first.instances, "the shape"),
         ("per_day", needs.interruptions_per_day, "assumed, no source; --interruptions-per-day"),
         ("checkpoint_minutes", needs.checkpoint_minutes, "--checkpoint-minutes"),
@@ -106,7 +106,8 @@ def _need(name: str, value: float | None) -> float:
     return value
 
 
-def _told(name: str, value: float, unit: str, formula: str, inputs: list[tuple[str, Any, str]]) -> dict[str, Any]:
+def traced(name: str, value: float, unit: str, formula: str, inputs: list[tuple[str, Any, str]]) -> dict[str, Any]:
+    """The trace of one figure; inputs are (name, value, source)."""
     return {
         "figure": name,
         "value": value,

@@ -18,7 +18,7 @@ from plait.hardware.catalogue import load_accelerators
 from plait.hardware.offers import Offer
 from plait.schema.records import Record
 
-__all__ = ["Exclusion", "Filtered", "remaining"]
+__all__ = ["Exclusion", "Filtered", "cannot_train", "parts_unpriced", "remaining"]
 
 Check = Callable[[Offer], str]
 
@@ -42,20 +42,21 @@ class Filtered:
     excluded: tuple[Exclusion, ...]
 
 
-def remaining(offers: Sequence[Offer], needs: Needs, counted: Counted) -> Filtered:
-    """The offers that can be among the answers.
+def remaining(offers: Sequence[Offer], needs: Needs, refusal: Callable[[str], str]) -> Filtered:
+    """The offers that can be among the answers; `refusal` says why a part cannot, '' where it can.
 
     Raises:
         RequestError: a cloud is not known, or no offer meets all needs; the message says which needs clash.
     """
     _check_clouds(offers, needs)
-    unable = {name: _unable(name, counted) for name in {offer.accelerator for offer in offers}}
+    unable = {name: refusal(name) for name in {offer.accelerator for offer in offers}}
     wanted, unwanted = needs.wanted(), needs.unwanted()
     checks: dict[str, Check] = {
         "part": lambda o: unable[o.accelerator],
-        "offer": lambda o: "Inference Endpoints serve models, they do not train" if _is_endpoint(o) else "",
-        "slice": lambda o: "" if o.count >= 1 else "a slice of an accelerator cannot be joined to others",
     }
+    if needs.task != "serve":
+        checks["offer"] = lambda o: "Inference Endpoints serve models, they do not train" if _is_endpoint(o) else ""
+        checks["slice"] = lambda o: "" if o.count >= 1 else "a slice of an accelerator cannot be joined to others"
     if needs.clouds:
         clouds = {cloud.lower() for cloud in needs.clouds}
         checks["--clouds"] = lambda o: "" if o.cloud in clouds else "not one of the clouds asked for"
@@ -84,22 +85,24 @@ def remaining(offers: Sequence[Offer], needs: Needs, counted: Counted) -> Filter
         for (need, reason), count in counts.most_common()
     )
     if not kept:
-        raise _clash(offers, checks, _of_parts(needs, offers, unable))
+        raise _clash(offers, checks, _of_parts(needs, offers, refusal), needs.task)
     return Filtered(tuple(kept), excluded)
 
 
 def parts_unpriced(needs: Needs, offers: Sequence[Offer]) -> tuple[str, ...]:
-    """Parts that train and that nobody here has a price for."""
+    """Parts that do the task and that nobody here has a price for."""
     priced = {o.accelerator for o in offers if (o.spot_usd_per_hour if needs.spot else o.usd_per_hour)}
     names = needs.wanted() - needs.unwanted() - priced
-    return tuple(n for n, part in load_accelerators().items() if n in names and part.device.trains)
+    able = [n for n, part in load_accelerators().items() if part.device.trains or needs.task == "serve"]
+    return tuple(n for n in able if n in names)
 
 
 def _is_endpoint(offer: Offer) -> bool:
     return offer.cloud == "huggingface" and offer.instance_type.startswith("endpoints-")
 
 
-def _unable(name: str, counted: Counted) -> str:
+def cannot_train(name: str, counted: Counted) -> str:
+    """Why the part called `name` cannot train the model; '' where it can."""
     part = load_accelerators()[name]
     precision, why = training_precision(part)
     return why if precision is None else can_be_costed(part, counted, precision)
@@ -127,24 +130,21 @@ def _check_clouds(offers: Sequence[Offer], needs: Needs) -> None:
             )
 
 
-def _of_parts(needs: Needs, offers: Sequence[Offer], unable: Mapping[str, str]) -> str:
+def _of_parts(needs: Needs, offers: Sequence[Offer], refusal: Callable[[str], str]) -> str:
     """What keeps the parts asked for from being answers, in words; '' where nothing was asked for or they could be."""
     if not needs.only:
         return ""
     unpriced = set(parts_unpriced(needs, offers))
     reasons = []
     for name in sorted(needs.wanted() - needs.unwanted()):
-        precision, why = training_precision(load_accelerators()[name])
-        if precision is None:
+        if why := refusal(name):
             reasons.append(why)
-        elif unable.get(name):
-            reasons.append(unable[name])
         elif name in unpriced:
             reasons.append(f"{name} has no {'spot' if needs.spot else 'on-demand'} price here")
     return "; ".join(reasons[:3])
 
 
-def _clash(offers: Sequence[Offer], checks: Mapping[str, Check], parts: str) -> RequestError:
+def _clash(offers: Sequence[Offer], checks: Mapping[str, Check], parts: str, task: str) -> RequestError:
     """The error when nothing is left: the smallest set of needs without which something is."""
     stated = [need for need in checks if need.startswith("--")]
     for size in (1, 2, 3):
@@ -169,6 +169,7 @@ def _clash(offers: Sequence[Offer], checks: Mapping[str, Check], parts: str) -> 
             message += f": {parts}"
         return RequestError(message, hint="; ".join(list(hints.values())[:4]))
     return RequestError(
-        "no offer that can train this model has a price" + (f": {parts}" if parts else ""),
+        f"no offer that can {'serve' if task == 'serve' else 'train'} this model has a price"
+        + (f": {parts}" if parts else ""),
         hint="`plait hardware list` prints the parts and their offers; drop --spot, --only or --require",
     )

@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Protocol, TypeVar
 
 from plait.advice.answer import Answer, answer_of
 from plait.advice.bound import Counted, Precision
@@ -184,7 +185,15 @@ class Hunt:
         self.known.setdefault(answer.accelerator, []).append((c.shape, answer))
 
 
-def varied(answers: Sequence[Answer]) -> list[Answer]:
+class _OfPart(Protocol):
+    @property
+    def accelerator(self) -> str: ...
+
+
+_T = TypeVar("_T", bound=_OfPart)
+
+
+def varied(answers: Sequence[_T]) -> list[_T]:
     """The answers in their order, at most `EACH` of one accelerator: more would hide the other parts."""
     counts: Counter[str] = Counter()
     kept = []

@@ -7,13 +7,15 @@ import math
 from dataclasses import dataclass
 
 from plait.advice.retired import refuse_retired
+from plait.advice.runtimes import PRECISIONS
 from plait.advice.security import NEEDS
 from plait.errors import RequestError
 from plait.hardware.catalogue import find, load_accelerators
 from plait.schema.records import Record
 
-__all__ = ["Needs", "amount", "parts_named"]
+__all__ = ["TASKS", "Needs", "amount", "parts_named"]
 
+TASKS = ("train", "finetune", "serve")
 _LEAVE_OUT = "or leave it out: the answer says what is then assumed"
 _SCALES = {"k": 1e3, "m": 1e6, "b": 1e9, "g": 1e9, "t": 1e12}
 
@@ -71,24 +73,36 @@ class Needs(Record):
     interruptions_per_day: float = 0.2
     """Of one instance. An assumption without a source: clouds publish bands at best."""
     grid_kg_per_kwh: float | None = None
+    trainable: str = "all"
+    """What fine-tuning trains: all, lora:rank=N, a fraction, or a pattern of parameter names."""
+    latency_ms: float | None = None
+    """Between two tokens of a reply while the engine is full; of one batch where nothing is decoded."""
+    first_token_ms: float | None = None
+    """Of one prompt's prefill, nothing else waiting."""
+    throughput: float | None = None
+    """Output tokens (samples) per second that have to be served."""
+    input_tokens: int | None = None
+    output_tokens: int | None = None
+    """0: a plain forward, whatever the model is."""
+    precision: str = ""
+    """Of serving; empty: not quantised."""
 
     def __post_init__(self) -> None:
-        if self.task == "serve":
+        if self.task not in TASKS:
+            near = difflib.get_close_matches(self.task, TASKS, n=1, cutoff=0.4)
             raise RequestError(
-                "--task serve is not built yet: latency and throughput of prefill and decode are not estimated",
-                hint="--task train and --task finetune (all parameters) are",
+                f"--task {self.task!r} is not one of {', '.join(TASKS)}",
+                hint=f"nearest: {near[0]}" if near else "train is the default",
             )
-        if self.task not in ("train", "finetune"):
-            raise RequestError(
-                f"--task {self.task!r} is not one of train, finetune", hint="finetune is of all parameters"
-            )
+        self._check_task()
         if self.minimize not in ("usd", "time"):
             raise RequestError(f"--minimize {self.minimize!r} is not one of usd, time", hint="usd is the default")
-        for name in ("tokens", "batch", "budget", "deadline", "checkpoint_minutes"):
+        for name in ("tokens", "batch", "budget", "deadline", "checkpoint_minutes", "latency_ms", "first_token_ms", "throughput",
+                     "input_tokens"):  # fmt: skip
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value > 0):
                 raise RequestError(f"--{name.replace('_', '-')} {value:g} must be above 0", hint=_LEAVE_OUT)
-        for name in ("restart_minutes", "interruptions_per_day", "grid_kg_per_kwh"):
+        for name in ("restart_minutes", "interruptions_per_day", "grid_kg_per_kwh", "output_tokens"):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value >= 0):
                 raise RequestError(f"--{name.replace('_', '-')} {value:g} must be 0 or above", hint=_LEAVE_OUT)
@@ -105,6 +119,33 @@ class Needs(Record):
             raise RequestError(
                 f"--only {','.join(self.only)} and --avoid {','.join(self.avoid)} clash: nothing is left",
                 hint="drop one of the two",
+            )
+
+    def _check_task(self) -> None:
+        """Options that another task has."""
+        serving = {
+            "--latency-ms": self.latency_ms, "--first-token-ms": self.first_token_ms, "--throughput": self.throughput,
+            "--input-tokens": self.input_tokens, "--output-tokens": self.output_tokens, "--precision": self.precision or None,
+        }  # fmt: skip
+        given = [name for name, value in serving.items() if value is not None]
+        if self.task != "serve" and given:
+            raise RequestError(
+                f"{given[0]} and --task {self.task} clash: it is a need of serving", hint="add --task serve"
+            )
+        if self.task != "finetune" and self.trainable != "all":
+            raise RequestError(
+                f"--trainable {self.trainable} and --task {self.task} clash: only fine-tuning trains a part of a model",
+                hint="add --task finetune",
+            )
+        if self.precision and self.precision not in PRECISIONS:
+            near = difflib.get_close_matches(self.precision.lower(), PRECISIONS, n=1, cutoff=0.4)
+            raise RequestError(
+                f"--precision {self.precision!r} is not one of {', '.join(PRECISIONS)}",
+                hint=f"nearest: {near[0]}" if near else "leave it out: nothing is quantised then",
+            )
+        if self.task == "serve" and self.batch is not None:
+            raise RequestError(
+                "--batch and --task serve clash: the batch of serving is chosen", hint="--latency-ms bounds it"
             )
 
     def wanted(self) -> frozenset[str]:

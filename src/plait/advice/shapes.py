@@ -12,12 +12,12 @@ from plait.hardware.clusters import uniform_cluster
 from plait.hardware.offers import Offer
 from plait.schema.cluster import Cluster
 
-__all__ = ["LARGEST", "Shape", "shapes_of"]
+__all__ = ["APART", "LARGEST", "Shape", "shapes_of"]
 
 LARGEST = 16384
 """Accelerators: as many as the largest published training runs took (Llama 3, arXiv 2407.21783)."""
 # Hosts of many owners, brokers of them, and a service of single machines: no network between them is stated.
-_APART = ("vast", "shadeform", "primeintellect", "huggingface")
+APART = ("vast", "shadeform", "primeintellect", "huggingface")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -82,7 +82,7 @@ def shapes_of(
         if per != offer.count:
             continue
         need = max(per, least[offer.accelerator])
-        alone = offer.cloud in _APART or per < 4 or offer.count < largest[offer.cloud, offer.accelerator]
+        alone = offer.cloud in APART or per < 4 or offer.count < largest[offer.cloud, offer.accelerator]
         if alone and need > per:
             continue
         count = per << math.ceil(math.log2(need / per))

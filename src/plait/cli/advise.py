@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any
 
 import typer
@@ -12,7 +12,7 @@ import typer
 from plait.cli.options import Batch, Json, Target
 from plait.cli.output import only_result_on_stdout, show
 
-__all__ = ["advise"]
+__all__ = ["advise", "number", "say_explained"]
 
 _LIST = "A list split at commas."
 
@@ -23,11 +23,55 @@ def _split(text: str) -> tuple[str, ...]:
 
 def advise(
     target: Target,
-    task: Annotated[str, typer.Option("--task", metavar="train|finetune", help="finetune: all parameters.")] = "train",
+    task: Annotated[str, typer.Option("--task", metavar="train|finetune|serve")] = "train",
     tokens: Annotated[
-        str | None, typer.Option("--tokens", metavar="N", help="To train on, as in 300B.", show_default=False)
+        str | None, typer.Option("--tokens", metavar="N", help="To train on, as in 300B; to serve.", show_default=False)
     ] = None,
     batch: Batch = None,
+    trainable: Annotated[
+        str,
+        typer.Option(
+            "--trainable",
+            metavar="all|lora:rank=N|FRACTION|PATTERN",
+            help="What finetune trains: adapters of a rank, a fraction (0.01, 1%) or parameters whose names match.",
+        ),
+    ] = "all",
+    latency_ms: Annotated[
+        float | None,
+        typer.Option(
+            "--latency-ms",
+            help="Serving: at most between two tokens of a reply (mean, engine full); of one batch where nothing is decoded.",
+            show_default=False,
+        ),
+    ] = None,
+    first_token_ms: Annotated[
+        float | None,
+        typer.Option(
+            "--first-token-ms",
+            help="Serving: at most until a prompt's first token, nothing waiting.",
+            show_default=False,
+        ),
+    ] = None,
+    throughput: Annotated[
+        float | None,
+        typer.Option("--throughput", help="Serving: output tokens (samples) a second needed.", show_default=False),
+    ] = None,
+    input_tokens: Annotated[
+        int | None, typer.Option("--input-tokens", help="Serving: of a prompt.", show_default=False)
+    ] = None,
+    output_tokens: Annotated[
+        int | None,
+        typer.Option("--output-tokens", help="Serving: of a reply; 0: a plain forward.", show_default=False),
+    ] = None,
+    precision: Annotated[
+        str,
+        typer.Option(
+            "--precision",
+            metavar="bf16|fp16|fp32|fp8|int8",
+            help="Serving: where part and runtime take it. Default: not quantised.",
+            show_default=False,
+        ),
+    ] = "",
     budget: Annotated[str | None, typer.Option("--budget", metavar="USD", show_default=False)] = None,
     deadline: Annotated[str | None, typer.Option("--deadline", metavar="HOURS", show_default=False)] = None,
     minimize: Annotated[str, typer.Option("--minimize", metavar="usd|time")] = "usd",
@@ -40,7 +84,7 @@ def advise(
         typer.Option(
             "--require",
             metavar="NEED,...",
-            help="confidential, single-tenant, whole-accelerator, no-marketplace, region=eu.",
+            help="confidential, encrypted-network, single-tenant, whole-accelerator, no-marketplace, region=eu, jurisdiction=eu.",
             show_default=False,
         ),
     ] = "",
@@ -64,7 +108,11 @@ def advise(
     from plait.advice.explain import explain as explained
     from plait.advice.needs import Needs, amount
     from plait.advice.retired import refuse_retired
+    from plait.advice.serve import advise_serving
+    from plait.advice.serve_words import explain_serving, serve_paragraph, serve_warnings
     from plait.advice.words import paragraph, warnings
+    from plait.cli.advise_serve import serve_text
+    from plait.cli.this_computer import this_computer
 
     with only_result_on_stdout(json):
         from plait.capture.graphs import graph_of
@@ -86,26 +134,30 @@ def advise(
             restart_minutes=restart_minutes,
             interruptions_per_day=interruptions_per_day,
             grid_kg_per_kwh=grid,
+            trainable=trainable,
+            latency_ms=latency_ms,
+            first_token_ms=first_token_ms,
+            throughput=throughput,
+            input_tokens=input_tokens,
+            output_tokens=output_tokens,
+            precision=precision,
         )
         graph, own = graph_of(target)
-        advice = answers(graph, needs, own_batch=own, local=_local(), keep=top)
-        result = advice.summary()
-        result["advice"] = paragraph(advice)
-        result["warnings"] = warnings(advice)
-        if explain:
-            result["explained"] = explained(advice, explain)
-    show(result, json, _text)
+        local = this_computer(graph)
+        if task == "serve":
+            served = advise_serving(graph, needs, local=local, keep=top)
+            result = served.summary()
+            result["advice"], result["warnings"] = serve_paragraph(served), serve_warnings(served)
+            if explain:
+                result["explained"] = explain_serving(served, explain)
+        else:
+            advice = answers(graph, needs, own_batch=own, local=local, keep=top)
+            result = advice.summary()
+            result["advice"], result["warnings"] = paragraph(advice), warnings(advice)
+            if explain:
+                result["explained"] = explained(advice, explain)
+    show(result, json, serve_text if task == "serve" else _text)
     return 0
-
-
-def _local() -> Any:
-    from plait.errors import HardwareError
-    from plait.schema import Cluster
-
-    try:
-        return Cluster.local(devices=1)
-    except HardwareError:
-        return None  # not probed: the advice says so where it matters
 
 
 def _text(result: Mapping[str, Any]) -> None:
@@ -126,8 +178,8 @@ def _text(result: Mapping[str, Any]) -> None:
     say(f"  {work['batch']} samples a step: {work['batch_why']}")
     titles = ("accelerators", "from", "time", "$", "$ spot", "kWh", "use %", "GiB free", "price of", "plan")
     table = Table(box=box.SIMPLE, pad_edge=False)
-    for number, title in enumerate(titles):
-        table.add_column(title, justify="right" if 2 <= number <= 7 else "left", overflow="fold")
+    for place, title in enumerate(titles):
+        table.add_column(title, justify="right" if 2 <= place <= 7 else "left", overflow="fold")
     on_front = [(a["accelerator"], a["count"]) for a in result["pareto"]]
     for answer in result["answers"]:
         price = answer["spot" if result["needs"]["spot"] else "on_demand"]
@@ -136,11 +188,11 @@ def _text(result: Mapping[str, Any]) -> None:
             f"{answer['count']} {answer['accelerator']}{mark}",
             "" if price is None else f"{price['cloud']} {price['instance_type']} {price['region']}",
             length(answer["hours"] if price is None else price["hours"]),
-            _number(answer["usd"], 2),
-            _number(answer["usd_spot"], 2),
-            _number(answer["energy_kwh"], 1),
+            number(answer["usd"], 2),
+            number(answer["usd_spot"], 2),
+            number(answer["energy_kwh"], 1),
             f"{100 * answer['mfu']:.1f}",
-            _number(answer["headroom_gib"], 1),
+            number(answer["headroom_gib"], 1),
             "" if price is None else price["as_of"],
             answer["spec"],
         )
@@ -155,15 +207,22 @@ def _text(result: Mapping[str, Any]) -> None:
     for entry in result["excluded"][:8]:
         say(f"  left out {entry['count']}: {entry['need']}: {entry['reason']} ({entry['example']})")
     say(f"  {result['bounded']} shapes bounded, {result['searched']} searched in {result['seconds']:.1f} s")
-    if (why := result.get("explained")) is not None:
-        say(f"\n{why['figure']} = {why['value']:,.6g} {why['unit']} = {why['formula']}")
-        for item in why["inputs"]:
-            value = item["value"]
-            shown = f"{value:,.6g}" if isinstance(value, int | float) else str(value)
-            say(f"  {item['name']} = {shown}: {item['source']}")
+    say_explained(result, say)
 
 
-def _number(value: float | None, digits: int) -> str:
+def say_explained(result: Mapping[str, Any], say: Callable[[str], None]) -> None:
+    """The trace of the figure that was asked about."""
+    if (why := result.get("explained")) is None:
+        return
+    say(f"\n{why['figure']} = {why['value']:,.6g} {why['unit']} = {why['formula']}")
+    for item in why["inputs"]:
+        value = item["value"]
+        shown = f"{value:,.6g}" if isinstance(value, int | float) else str(value)
+        say(f"  {item['name']} = {shown}: {item['source']}")
+
+
+def number(value: float | None, digits: int) -> str:
+    """The number with `digits` decimals; '' where there is none."""
     if value is None:
         return ""
     return f"{value:,.{digits}f}" if math.isfinite(value) else "never done"

@@ -1,6 +1,7 @@
 """Bytes on one rank at its peak, part by part.
 
     weights       held whole by zero < 3, sharded over fsdp by zero = 3
+                  those that are not trained: in the precision of compute, no gradient, no optimizer state
     gradients     held whole by zero < 2, sharded over fsdp from zero = 2 on
     optimizer     fp32 master and two moments, sharded over fsdp by any zero
     activations   saved bytes of each microbatch in flight at this pipeline position
@@ -91,9 +92,14 @@ def rank_memory(
     `received` the bytes that one neighbour sends it.
     """
     per = state_bytes(plan, software)
-    own = dense / plan.fsdp + expert / max(1.0, plan.fsdp / plan.ep)
+    shards = max(1.0, plan.fsdp / plan.ep)
+    still_dense = min(dense, sum(work.frozen_dense for work, _ in segments))
+    still_expert = min(expert, sum(work.frozen_expert for work, _ in segments))
+    still = still_dense / plan.fsdp + still_expert / shards if plan.zero == 3 else still_dense + still_expert
+    dense, expert = dense - still_dense, expert - still_expert
+    own = dense / plan.fsdp + expert / shards
     held = dense + expert
-    weights = per.weight * (own if plan.zero == 3 else held)
+    weights = per.weight * (own if plan.zero == 3 else held) + per.gathered * still
     gradients = per.gradient * (own if plan.zero >= 2 else held)
     state = per.state * own
     saved = sum(saved_bytes(work, choice, software) for work, choice in segments)

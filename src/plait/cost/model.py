@@ -7,7 +7,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from plait.cost.calibration import Calibration, Software
-from plait.cost.comms import Hop, all_gather, all_reduce, all_to_all, core_seconds, hops, reduce_scatter, send, send_core
+from plait.cost.comms import (
+    Hop,
+    all_gather,
+    all_reduce,
+    all_to_all,
+    core_seconds,
+    hops,
+    reduce_scatter,
+    send,
+    send_core,
+)
 from plait.cost.compute import Rates, host_seconds, pass_seconds, rates, recompute_seconds
 from plait.cost.lanes import Lane
 from plait.cost.memory import state_bytes
@@ -156,7 +166,7 @@ class Model:
         backward = max(backward, host_b - shown_b - again)
         if self.plan.microbatches > 1 or self.plan.precision != "fp32":
             # adding this microbatch's gradients to the others'
-            held = work.dense_parameters + work.expert_parameters
+            held = work.trained_dense + work.trained_expert
             backward += accumulate_seconds(
                 held if self.plan.zero < 2 else held / self.plan.fsdp,
                 new_bytes=self.bytes.gathered,
@@ -224,10 +234,10 @@ class Model:
 
     def scatter(self, work: Work, each: float) -> tuple[float, float]:
         """As `gather`, to reduce and scatter a segment's gradients."""
-        seconds = reduce_scatter(work.dense_parameters * each, self.groups["fsdp"])
-        core = core_seconds("reduce_scatter", work.dense_parameters * each, self.groups["fsdp"])
-        if work.expert_parameters:
-            seconds += reduce_scatter(work.expert_parameters * each, self.groups["expert_fsdp"])
+        seconds = reduce_scatter(work.trained_dense * each, self.groups["fsdp"])
+        core = core_seconds("reduce_scatter", work.trained_dense * each, self.groups["fsdp"])
+        if work.trained_expert:
+            seconds += reduce_scatter(work.trained_expert * each, self.groups["expert_fsdp"])
         return seconds, core
 
 

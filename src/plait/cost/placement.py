@@ -27,6 +27,12 @@ class Placed:
     """Parameters by pipeline rank, tied ones once, experts not counted; before fsdp."""
     expert: list[float]
     memory: tuple[MemoryParts, ...]
+    frozen: list[tuple[float, float]]
+    """(dense, expert) of these that are not trained."""
+
+    def trained(self, rank: int) -> tuple[float, float]:
+        """(dense, expert) parameters of `rank` that get a gradient."""
+        return self.dense[rank] - self.frozen[rank][0], self.expert[rank] - self.frozen[rank][1]
 
 
 def place(model: Model, plan: Plan) -> Placed:
@@ -34,6 +40,7 @@ def place(model: Model, plan: Plan) -> Placed:
     graph = model.graph
     bounds = stage_bounds(plan.cuts, len(graph.segments))
     dense, expert = [0.0] * plan.pp, [0.0] * plan.pp
+    still = [(0.0, 0.0)] * plan.pp
     if model.cache.tied is None:
         model.cache.tied = _tied(graph)
     tied = model.cache.tied
@@ -43,8 +50,10 @@ def place(model: Model, plan: Plan) -> Placed:
             work = model.work(index)
             dense[rank] += work.dense_parameters
             expert[rank] += work.expert_parameters
+            still[rank] = still[rank][0] + work.frozen_dense, still[rank][1] + work.frozen_expert
         dense[rank] -= _counted_twice(tied, graph, bounds, number, plan.pp) / plan.tp
-    return Placed(bounds, dense, expert, _memory(model, plan, bounds, dense, expert))
+    frozen = [(min(dense[r], still[r][0]), min(expert[r], still[r][1])) for r in range(plan.pp)]
+    return Placed(bounds, dense, expert, _memory(model, plan, bounds, dense, expert), frozen)
 
 
 def limits(model: Model) -> list[float]:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import functools
 import json
 import statistics
-from collections.abc import Iterable, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -74,19 +75,30 @@ def load_figures(path: Path = _DATA / "served_figures.csv") -> tuple[Figure, ...
             raise TableError(f"{where}: metric={c['metric']!r} is not one of {', '.join(_METRICS)}")
         try:
             plan = ServingPlan(
-                tp=int(c["tp"]), pp=int(c["pp"]), precision=c["precision"], cache_precision=c["cache_precision"],
+                tp=int(c["tp"]),
+                pp=int(c["pp"]),
+                precision=c["precision"],
+                cache_precision=c["cache_precision"],
                 batch=int(c["batch"] or 1),
-            )  # fmt: skip
+            )
             load = Load(input_tokens=int(c["input_tokens"] or 0), output_tokens=int(c["output_tokens"] or 0))
             value, devices = float(c["value"]), int(c["devices"])
         except ValueError as problem:
             raise TableError(f"{where}: {problem}") from None
         found.append(
             Figure(
-                model=c["model"], accelerator=c["accelerator"], devices=devices, plan=plan, load=load,
-                full=not c["batch"], metric=c["metric"], value=value, software=c["software"],
-                fitted=c["fitted"] == "yes", source=c["source"],
-            )  # fmt: skip
+                model=c["model"],
+                accelerator=c["accelerator"],
+                devices=devices,
+                plan=plan,
+                load=load,
+                full=not c["batch"],
+                metric=c["metric"],
+                value=value,
+                software=c["software"],
+                fitted=c["fitted"] == "yes",
+                source=c["source"],
+            )
         )
     return tuple(found)
 
@@ -97,8 +109,7 @@ def served_model(name: str) -> Served:
     data = json.loads((_DATA / "served_models.json").read_text(encoding="utf-8"))
     if name not in data:
         raise TableError(f"served_figures.csv: model {name!r} is not in served_models.json")
-    found = served_work(build_graph(Architecture(name=name, **data[name])))
-    return found
+    return served_work(build_graph(Architecture(name=name, **data[name])))
 
 
 @functools.cache
@@ -137,21 +148,25 @@ def median_error(figures: Iterable[Figure]) -> float:
     return 100 * statistics.median(errors)
 
 
-def _print(figures: Sequence[Figure]) -> None:
+def _table(figures: Sequence[Figure]) -> Iterator[str]:
+    """Lines with every figure beside its prediction, and the medians."""
     for f in figures:
         value, found = predict(f)
         shape = f"{f.load.input_tokens}/{f.load.output_tokens}"
         batch = f"{found.largest_batch}*" if f.full else f"{f.plan.batch}"
-        print(
+        yield (
             f"{f.model:16} {f.devices:3}x{f.accelerator:14} {f.plan.precision:5} {shape:>10} batch {batch:>6} "
             f"{f.metric:31} {f.value:10,.1f} {value:10,.1f} {100 * (value / f.value - 1):+6.0f} % {'fitted' if f.fitted else ''}"
         )
-    for name, some in (("fitted", [f for f in figures if f.fitted]), ("left out", [f for f in figures if not f.fitted])):
+    for name, some in (
+        ("fitted", [f for f in figures if f.fitted]),
+        ("left out", [f for f in figures if not f.fitted]),
+    ):
         if some:
             within = sum(abs(predict(f)[0] / f.value - 1) <= 0.25 for f in some)
-            print(f"{name}: {len(some)} figures, median error {median_error(some):.1f} %, {within} within 25 %")
-    print(f"all: {len(figures)} figures, median error {median_error(figures):.1f} %")
+            yield (f"{name}: {len(some)} figures, median error {median_error(some):.1f} %, {within} within 25 %")
+    yield (f"all: {len(figures)} figures, median error {median_error(figures):.1f} %")
 
 
 if __name__ == "__main__":
-    _print(load_figures())
+    sys.stdout.write("\n".join(_table(load_figures())) + "\n")

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import functools
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +29,10 @@ from plait.errors import PlanError
 from plait.schema.cluster import Cluster, Device
 from plait.schema.records import Record
 
-__all__ = ["ELEMENT_BYTES", "Load", "ServingEstimate", "ServingMemory", "ServingPlan", "estimate_serving", "parameters_for", "room"]
+__all__ = [
+    "ELEMENT_BYTES", "Load", "ServingEstimate", "ServingMemory", "ServingPlan", "batches", "estimate_serving", "fitted_families",
+    "parameters_for", "room",
+]  # fmt: skip
 
 ELEMENT_BYTES = {"fp32": 4.0, "bf16": 2.0, "fp16": 2.0, "fp8": 1.0, "int8": 1.0}
 USABLE = 0.94  # of stated memory: drivers, contexts and the allocator hold 6 to 10 % (hardware/data, traps)
@@ -158,7 +160,18 @@ def parameters_for(device: Device, software: str = "") -> dict[str, float]:
     data = _data()
     family = data["families"].get(device.family, {})
     measured = {k: v for k, v in device.efficiency.items() if k in ("matmul", "memory", "kernel")}
-    return {**data["defaults"], **data["categories"].get(device.category, {}), **family, **data["software"].get(software, {}), **measured}
+    return {
+        **data["defaults"],
+        **data["categories"].get(device.category, {}),
+        **family,
+        **data["software"].get(software, {}),
+        **measured,
+    }
+
+
+def fitted_families() -> frozenset[str]:
+    """Families of accelerators of which a published figure was used."""
+    return frozenset(_data()["families"])
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,7 +273,7 @@ class _Replica:
         chunk = max(CHUNK, 1.0)
         passes = max(1.0, tokens / chunk)
         size = tokens / passes
-        one = self.run(size, size / length, size * length / 2, size * length / 2 * 0.0)
+        one = self.run(size, size / length, size * length / 2, 0.0)
         return passes * sum(one.values())
 
     def memory(self, batch: float, load: Load) -> ServingMemory:
@@ -366,14 +379,3 @@ def batches(largest: int) -> list[int]:
     top = min(largest, LARGEST_BATCH)
     sizes = [1 << i for i in range(max(1, top).bit_length()) if 1 << i <= top]
     return sorted({*sizes, top}) if top >= 1 else []
-
-
-def least_devices(work: Served, plan: ServingPlan, device: Device, load: Load) -> int:
-    """Devices below which weights and one sequence do not fit, spread evenly."""
-    limit = room(device)
-    if limit is None:
-        return 1
-    experts = work.experts.weights if work.experts else 0.0
-    low = ELEMENT_BYTES[plan.precision]
-    weights = (work.matmul_weights + experts) * low + (work.head_weights + work.other_weights) * plan.wide
-    return max(1, math.ceil((weights + load.length * work.cached * plan.cache_bytes) / limit))

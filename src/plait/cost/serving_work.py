@@ -40,7 +40,8 @@ class Experts:
 
     def touched(self, tokens: float) -> float:
         """Fraction of the experts that `tokens` tokens meet, each drawing its experts evenly and at random."""
-        return 1.0 - (1.0 - min(1.0, self.active / self.count)) ** max(tokens, 0.0)
+        missed: float = (1.0 - min(1.0, self.active / self.count)) ** max(tokens, 0.0)
+        return 1.0 - missed
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,7 +86,7 @@ class Served:
     @property
     def parameters(self) -> float:
         """Elements held in all."""
-        experts = self.experts.weights if self.experts else 0.0
+        experts: float = self.experts.weights if self.experts else 0.0
         return self.matmul_weights + self.head_weights + self.other_weights + experts
 
 
@@ -133,14 +134,14 @@ class _Carried:
                 total[origin] = total.get(origin, 0.0) + amount
         kept = {o: min(a, float(self.made_by[o].outputs[0].numel)) for o, a in total.items()}
         narrow: dict[str, float] = {}
-        for origin, amount in kept.items():
+        for origin, wide in kept.items():
             source = self.made_by[origin].inputs[0] if self.made_by[origin].inputs else None
             below = self.of.get(source.name, {}) if source is not None else {}
             single = (
                 next(iter(below)) if len(below) == 1 and source is not None and source.name not in self.foreign else ""
             )
-            small = bool(single) and _NARROW * below[single] <= amount
-            held, amount = (single, below[single]) if small else (origin, amount)
+            small = bool(single) and _NARROW * below[single] <= wide
+            held, amount = (single, below[single]) if small else (origin, wide)
             narrow[held] = narrow.get(held, 0.0) + amount
         # What is cached of a narrow projection holds the rest that was sliced from it (its rotary part) as well.
         return sum(min(a, float(self.made_by[o].outputs[0].numel)) for o, a in narrow.items())
@@ -260,7 +261,7 @@ def _count(
     sums, carried, counted = _Sums(), _Carried(), set[str]()
     tokens = graph.batch * max(1, graph.tokens_per_sample)
     pairs = tokens * graph.tokens_per_sample if decodes else graph.batch
-    for segment, op in ((segment, op) for segment in graph.segments for op in segment.operators):
+    for segment, op in ((s, op) for s in graph.segments for op in s.operators):
         if op is head:
             break
         if op.kind == "loss":

@@ -104,6 +104,19 @@ class Work:
     """Bytes of keys and values that travel around the ring in a forward; twice that in a backward."""
     live_out: float
     """Bytes that a pipeline cut behind this segment sends."""
+    frozen_dense: float = 0.0
+    """Of `dense_parameters`, those that are not trained: no gradient, no optimizer state."""
+    frozen_expert: float = 0.0
+
+    @property
+    def trained_dense(self) -> float:
+        """Of `dense_parameters`, those that get a gradient."""
+        return self.dense_parameters - self.frozen_dense
+
+    @property
+    def trained_expert(self) -> float:
+        """Of `expert_parameters`, those that get a gradient."""
+        return self.expert_parameters - self.frozen_expert
 
 
 def captured_bytes(graph: Graph) -> int:
@@ -179,6 +192,7 @@ class _Pass:
         self.gathered = self.ep_bytes = self.cp_bytes = 0.0
         self.saved = self.saved_selective = self.transient = self.logits = self.loss_kept = 0.0
         self.dense = self.expert = self.model_flops = 0.0
+        self.frozen_dense = self.frozen_expert = 0.0
         self.counted: set[str] = set()
 
     def tensor(self, spec: TensorSpec) -> float:
@@ -197,9 +211,12 @@ class _Pass:
         live_in = sum(self.tensor(x) for x in segment.live_in) * self.whole_share
         live_out = sum(self.tensor(x) for x in segment.live_out) * self.whole_share
         if segment.equals == segment.index:  # parameters that no operator names
-            self.dense += sum(
-                s.numel for n, s in self.shapes.items() if n in segment.parameters and n not in self.counted
-            )
+            own = set(segment.parameters) - self.counted
+            unnamed = [s for n, s in self.shapes.items() if n in own]
+            self.dense += sum(s.numel for s in unnamed)
+            self.frozen_dense += sum(s.numel for s in unnamed if not s.trainable)
+        if self.needs_no_backward():
+            self.backward, self.tp_backward = _Sums(), []
         ep = self.split.ep
         return Work(
             forward=self.forward.done(),
@@ -220,7 +237,15 @@ class _Pass:
             ep_bytes=self.ep_bytes * (ep - 1) / ep,
             cp_bytes=self.cp_bytes,
             live_out=live_out,
+            frozen_dense=self.frozen_dense,
+            frozen_expert=self.frozen_expert,
         )
+
+    def needs_no_backward(self) -> bool:
+        """Whether nothing of the segment is trained and nothing before it: its matmuls run forward only."""
+        flops = [op.backward_flops for op in self.segment.operators if op.kind in MODEL_KINDS and op.flops > 0]
+        trained = any(self.shapes[n].trainable for n in self.segment.parameters if n in self.shapes)
+        return bool(flops) and not any(flops) and not trained
 
     def operator(self, op: Operator) -> None:
         """Adds one operator."""
@@ -282,11 +307,14 @@ class _Pass:
             self.counted.add(name)
             spec = self.shapes[name]
             if _is_expert(op):
-                self.expert += spec.numel / t / self.split.ep
-            elif (is_linear or op.kind == "embedding") and len(spec.shape) >= 2:
-                self.dense += spec.numel / t
-            else:
-                self.dense += spec.numel
+                held = spec.numel / t / self.split.ep
+                self.expert += held
+                self.frozen_expert += 0.0 if spec.trainable else held
+                continue
+            split = (is_linear or op.kind == "embedding") and len(spec.shape) >= 2
+            held = spec.numel / t if split else spec.numel
+            self.dense += held
+            self.frozen_dense += 0.0 if spec.trainable else held
 
     def count_attention(self, op: Operator, share: float, moved: float) -> None:
         """Adds fused attention; keys and values travel over cp."""
@@ -319,7 +347,7 @@ class _Pass:
             self.forward.matmul_flops += flops
             self.backward.matmul_flops += flops * ratio
         self.forward.matmul_bytes += nbytes
-        self.backward.matmul_bytes += 2 * nbytes
+        self.backward.matmul_bytes += min(2.0, ratio) * nbytes  # one multiply for each operand that needs a gradient
         if not is_linear:  # scores and weighted sum of unfused attention
             self.again.matmul_flops += flops
             self.again.matmul_bytes += nbytes

@@ -1,0 +1,420 @@
+"""The ranked answers for serving.
+
+    offers -> filters -> ways (part, instances, tp x pp, replicas, batch) -> those that keep the latency -> fleet -> ranking
+
+Nothing is bounded or left unsearched: a way is arithmetic (`plait.cost.serving`). Each part is taken at the batch that
+makes its tokens cheapest within the latency asked for; a fleet is as many units as the throughput asked for needs.
+"""
+
+from __future__ import annotations
+
+import datetime
+import math
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from plait.advice.answer import Price
+from plait.advice.filters import Exclusion, parts_unpriced, remaining
+from plait.advice.hunt import varied
+from plait.advice.interruptions import expected_hours
+from plait.advice.needs import Needs
+from plait.advice.prices import age_days, price_warning
+from plait.advice.runtimes import Choice, choose_runtime
+from plait.advice.serve_reasons import reasons_for
+from plait.advice.serve_shapes import Way, ways
+from plait.advice.serve_work import ServeWork, serve_work_of
+from plait.cost.serving import ServingEstimate, ServingPlan, batches, estimate_serving
+from plait.cost.serving_work import Served, served_work
+from plait.errors import HardwareError, PlanError, RequestError
+from plait.hardware.catalogue import load_accelerators
+from plait.hardware.offers import Offer, load_offers
+from plait.plan.space import facts_of
+from plait.schema.cluster import Cluster
+from plait.schema.graph import Graph
+from plait.schema.records import Record
+from plait.units import gib
+
+__all__ = ["ServeAdvice", "ServeAnswer", "advise_serving"]
+
+LOCAL = 24.0
+"""Hours up to which this computer is the answer."""
+USUAL_LATENCY = 0.1
+"""Seconds between tokens that hold where none are asked for: ten tokens a second, faster than people read."""
+LOCAL_LATENCY = 0.2
+"""Seconds between tokens (of a batch) up to which it is, where no latency is asked for: about as fast as one reads."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServeAnswer(Record):
+    """One way to serve."""
+
+    accelerator: str
+    count: float
+    """Accelerators of the fleet."""
+    instances: int
+    units: int
+    """Copies of what is rented together."""
+    throughput: float
+    """Output tokens (samples) per second of the fleet, kept full."""
+    hours: float
+    """Until the work is done: at the rate asked for, else at the fleet's."""
+    on_demand: Price | None
+    spot: Price | None
+    energy_kwh: float | None
+    co2_kg: float | None
+    estimate: ServingEstimate
+    """Of one unit."""
+    runtime: str
+    headroom_gib: float | None
+    reasons: tuple[str, ...]
+
+    def price(self, *, spot: bool) -> Price | None:
+        """The price that is ranked by."""
+        return self.spot if spot else self.on_demand
+
+    @property
+    def name(self) -> str:
+        """COUNTxPART."""
+        return f"{self.count:g}x{self.accelerator}"
+
+    def summary(self, work: ServeWork) -> dict[str, Any]:
+        """The fields of `plait advise --task serve --json`."""
+        found = self.estimate
+
+        def priced(price: Price | None) -> dict[str, Any] | None:
+            if price is None:
+                return None
+            return {
+                "cloud": price.offer.cloud,
+                "instance_type": price.offer.instance_type,
+                "instances": self.instances,
+                "region": price.offer.region,
+                "usd_per_hour": price.usd_per_hour,
+                "hours": price.hours,
+                "usd": price.usd,
+                "usd_per_million": price.usd / work.amount * 1e6,
+                "as_of": price.offer.as_of,
+                "age_days": price.age_days,
+                "source": price.offer.source,
+                "warning": price.warning,
+            }
+
+        return {
+            "accelerator": self.accelerator,
+            "count": self.count,
+            "instances": self.instances,
+            "hours": self.hours,
+            "usd": self.on_demand.usd if self.on_demand else None,
+            "usd_spot": self.spot.usd if self.spot else None,
+            "usd_per_million": self.on_demand.usd / work.amount * 1e6 if self.on_demand else None,
+            "on_demand": priced(self.on_demand),
+            "spot": priced(self.spot),
+            "throughput_per_s": self.throughput,
+            "latency_ms": found.latency * 1e3,
+            "decode_ms": found.decode * 1e3,
+            "decode_parts_ms": {k: v * 1e3 for k, v in found.parts.items()},
+            "first_token_ms": found.first_token * 1e3,
+            "batch": found.plan.batch,
+            "largest_batch": found.largest_batch,
+            "precision": found.plan.precision,
+            "runtime": self.runtime,
+            "spec": found.plan.spec(),
+            "mfu": found.mfu,
+            "memory_gib": gib(found.memory.total),
+            "memory_limit_gib": None if found.memory_limit is None else gib(found.memory_limit),
+            "memory_parts_gib": {k: gib(v) for k, v in found.memory.to_dict().items()},
+            "headroom_gib": self.headroom_gib,
+            "energy_kwh": self.energy_kwh,
+            "co2_kg": self.co2_kg,
+            "compatibility": {"reasons": list(self.reasons)},
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class ServeAdvice:
+    """What was asked, and the answers."""
+
+    graph: Graph
+    needs: Needs
+    work: ServeWork
+    served: Served
+    answers: tuple[ServeAnswer, ...]
+    front: tuple[ServeAnswer, ...]
+    """No other answer is at once cheaper and quicker from token to token."""
+    excluded: tuple[Exclusion, ...]
+    unpriced: tuple[str, ...]
+    failed: tuple[tuple[str, str], ...]
+    looked: int
+    """Ways that were costed."""
+    seconds: float
+    notes: tuple[str, ...]
+
+    def summary(self) -> dict[str, Any]:
+        """The object that `plait advise --json` prints."""
+        return {
+            "model": self.graph.name,
+            "parameters": self.graph.numel,
+            "needs": self.needs.to_dict(),
+            "work": self.work.to_dict(),
+            "decodes": self.served.decodes,
+            "answers": [a.summary(self.work) for a in self.answers],
+            "pareto": [a.summary(self.work) for a in self.front],
+            "excluded": [e.to_dict() for e in self.excluded],
+            "unpriced": list(self.unpriced),
+            "failed": [{"shape": name, "reason": why} for name, why in self.failed],
+            "bounded": self.looked,
+            "searched": self.looked,
+            "unsearched": 0,
+            "seconds": self.seconds,
+            "notes": list(self.notes),
+        }
+
+
+def advise_serving(
+    graph: Graph,
+    needs: Needs,
+    *,
+    offers: Sequence[Offer] | None = None,
+    local: Cluster | None = None,
+    keep: int = 8,
+    today: datetime.date | None = None,
+) -> ServeAdvice:
+    """The `keep` best answers to `needs` for serving `graph`, and the front of latency and money.
+
+    Raises:
+        RequestError: needs clash, or nothing keeps latency, budget and deadline; the message has the nearest.
+    """
+    began = time.perf_counter()
+    today = today or datetime.datetime.now(datetime.UTC).date()
+    served = served_work(graph)
+    work = serve_work_of(graph, served, needs)
+    if not work.load.output_tokens and served.decodes:
+        served = replace(served, cached=0.0)
+    decodes = served.decodes and work.load.output_tokens > 0
+    offers = load_offers() if offers is None else offers
+    chosen = {
+        name: choose_runtime(part, decodes=decodes, precision=needs.precision)
+        for name, part in load_accelerators().items()
+    }
+    filtered = remaining(offers, needs, lambda name: chosen[name][1] or _unknown(name))
+    choices: dict[str, Choice] = {name: choice for name, (choice, _) in chosen.items() if choice is not None}
+    failed: list[tuple[str, str]] = []
+    heads = facts_of(graph).heads
+    found = list(ways(filtered.offers, offers, served, work.load, choices, heads, failed))
+    notes: list[str] = list(work.notes)
+    here = _here(served, needs, work, local, notes)
+    answers = [a for way in found if (a := _answer(way, needs, work, today)) is not None]
+    good = [a for a in answers if not _misses(a, needs)]
+    if decodes and needs.latency_ms is None:
+        quick = [a for a in good if a.estimate.latency <= USUAL_LATENCY]
+        text = f"without --latency-ms, {USUAL_LATENCY * 1e3:.0f} ms a token hold"
+        notes.append(text if quick else text + "; nothing keeps them, so the answers are slower")
+        good = quick or good
+    if not good and here is None:
+        raise _nearest(answers, needs, served, failed)
+    best = _best_of_each(good, needs)
+    ranked = [*([here] if here else []), *varied(best)]
+    return ServeAdvice(
+        graph=graph,
+        needs=needs,
+        work=work,
+        served=served,
+        answers=tuple(ranked[:keep]),
+        front=_front([*([here] if here else []), *good], needs),
+        excluded=filtered.excluded,
+        unpriced=parts_unpriced(needs, offers),
+        failed=tuple(failed),
+        looked=len(found),
+        seconds=time.perf_counter() - began,
+        notes=tuple(notes),
+    )
+
+
+def _unknown(name: str) -> str:
+    """Why no time can be estimated on a part; '' where it can."""
+    device = load_accelerators()[name].device
+    try:
+        device.need("memory_bandwidth")
+        device.need("memory_bytes")
+    except HardwareError as problem:
+        return problem.message
+    return ""
+
+
+def _answer(way: Way, needs: Needs, work: ServeWork, today: datetime.date) -> ServeAnswer | None:
+    """The answer that a way makes; None where it has no price that is ranked by."""
+    found = way.estimate
+    each = found.throughput
+    units = max(1, math.ceil(needs.throughput / each - 1e-9)) if needs.throughput else 1
+    total = units * each
+    rate = needs.throughput or total
+    hours = work.amount / rate / 3600
+    available = 1.0
+    if needs.spot:
+        alone = {"instances": 1, "per_day": needs.interruptions_per_day, "restart_minutes": needs.restart_minutes}
+        available = 1 / expected_hours(1.0, checkpoint_minutes=0.0, **alone)  # type: ignore[arg-type]
+
+    def price(*, spot: bool) -> Price | None:
+        best = way.hourly(spot=spot)
+        if best is None:
+            return None
+        hourly, offer = best
+        billed = hours / available if spot and available > 0 else hours
+        return Price(
+            offer=offer, usd_per_hour=hourly * units, hours=billed, usd=hourly * units * billed, age_days=age_days(offer, today),
+            warning=price_warning(offer, today),
+        )  # fmt: skip
+
+    on_demand, spot = price(spot=False), price(spot=True)
+    if (spot if needs.spot else on_demand) is None:
+        return None
+    power = way.part.device.power_w
+    kwh = None if power is None else power * max(1.0, way.devices) * units * hours / 1000
+    return ServeAnswer(
+        accelerator=way.part.name,
+        count=way.devices * units,
+        instances=way.instances * units,
+        units=units,
+        throughput=total,
+        hours=hours,
+        on_demand=on_demand,
+        spot=spot,
+        energy_kwh=kwh,
+        co2_kg=None if kwh is None or needs.grid_kg_per_kwh is None else kwh * needs.grid_kg_per_kwh,
+        estimate=found,
+        runtime=way.choice.runtime,
+        headroom_gib=None if found.memory_limit is None else gib(found.memory_limit - found.memory.total),
+        reasons=reasons_for(way, found),
+    )
+
+
+def _here(served: Served, needs: Needs, work: ServeWork, local: Cluster | None, notes: list[str]) -> ServeAnswer | None:
+    """This computer, where it holds the model, keeps the needs and is done soon; a note where it does not."""
+    if needs.only or needs.clouds or needs.require or needs.precision not in ("", "fp32", "bf16"):
+        return None
+    if local is None:
+        if served.parameters < 1e9:
+            notes.append(
+                "a model this small may not need an accelerator: run `plait hardware probe` once, and this computer is compared"
+            )
+        return None
+    device = local.groups[0].device
+    precision = needs.precision or max(("fp32", "bf16"), key=lambda p: device.peak_flops.get(p, 0.0))
+    try:
+        plan = ServingPlan(precision=precision)
+        first = estimate_serving(served, local, plan, work.load)
+        sizes = [
+            estimate_serving(served, local, replace(plan, batch=b), work.load) for b in batches(first.largest_batch)
+        ]
+    except (HardwareError, PlanError) as problem:
+        notes.append(f"this computer: {problem.message.splitlines()[0]}")
+        return None
+    limit = (needs.latency_ms or 1e3 * LOCAL_LATENCY) / 1e3
+    quick = [
+        e
+        for e in sizes
+        if e.latency <= limit and not (needs.first_token_ms and e.first_token * 1e3 > needs.first_token_ms)
+    ]
+    if not quick:
+        why = "it does not hold the model" if not sizes else f"{sizes[0].latency * 1e3:,.0f} ms a {work.each} at best"
+        notes.append(f"this computer's CPU is no answer: {why}")
+        return None
+    best = max(quick, key=lambda e: e.throughput)
+    hours = work.amount / (needs.throughput or best.throughput) / 3600
+    if hours > min(LOCAL, needs.deadline or LOCAL) or best.throughput < (needs.throughput or 0.0):
+        notes.append(f"this computer's CPU serves {best.throughput:,.1f} {work.unit} per second: too few")
+        return None
+    return ServeAnswer(
+        accelerator="this computer's CPU", count=1, instances=1, units=1, throughput=best.throughput, hours=hours, on_demand=None,
+        spot=None, energy_kwh=None, co2_kg=None, estimate=best, runtime="PyTorch",
+        headroom_gib=None if best.memory_limit is None else gib(best.memory_limit - best.memory.total),
+        reasons=(f"serves in {precision}, {device.source}",),
+    )  # fmt: skip
+
+
+def _usd(answer: ServeAnswer, needs: Needs) -> float:
+    price = answer.price(spot=needs.spot)
+    return price.usd if price else 0.0
+
+
+def _misses(answer: ServeAnswer, needs: Needs) -> tuple[str, ...]:
+    """The needs that an answer does not meet."""
+    found = answer.estimate
+    late = {
+        f"--latency-ms {needs.latency_ms or 0:g}": needs.latency_ms is not None
+        and found.latency * 1e3 > needs.latency_ms,
+        f"--first-token-ms {needs.first_token_ms or 0:g}": needs.first_token_ms is not None
+        and found.first_token * 1e3 > needs.first_token_ms,
+        f"--budget {needs.budget or 0:g}": needs.budget is not None and _usd(answer, needs) > needs.budget,
+        f"--deadline {needs.deadline or 0:g}": needs.deadline is not None and answer.hours > needs.deadline,
+    }
+    return tuple(name for name, missed in late.items() if missed)
+
+
+def _key(answer: ServeAnswer, needs: Needs) -> tuple[float, float]:
+    usd, latency = _usd(answer, needs), answer.estimate.latency
+    return (usd, latency) if needs.minimize == "usd" else (latency, usd)
+
+
+def _best_of_each(answers: Iterable[ServeAnswer], needs: Needs) -> list[ServeAnswer]:
+    """The best batch and degrees of every part, instance size and precision; ranked."""
+    best: dict[tuple[str, float, int], ServeAnswer] = {}
+    for answer in sorted(answers, key=lambda a: _key(a, needs)):
+        best.setdefault((answer.accelerator, answer.count / answer.units, answer.instances // answer.units), answer)
+    return sorted(best.values(), key=lambda a: _key(a, needs))
+
+
+def _front(answers: Sequence[ServeAnswer], needs: Needs) -> tuple[ServeAnswer, ...]:
+    """Answers that no other one beats in latency and money, quickest first."""
+    front: list[ServeAnswer] = []
+    for answer in sorted(answers, key=lambda a: (a.estimate.latency, _usd(a, needs))):
+        if not front or _usd(answer, needs) < _usd(front[-1], needs) * (1 - 1e-9):
+            front.append(answer)
+    return tuple(front)
+
+
+def _nearest(
+    answers: Sequence[ServeAnswer], needs: Needs, served: Served, failed: Sequence[tuple[str, str]]
+) -> RequestError:
+    """The error when nothing meets the needs: which of them clash, and what comes nearest to each."""
+    if not answers:
+        why = "; ".join(f"{name}: {reason}" for name, reason in failed[:3])
+        return RequestError(
+            f"no offer that meets the needs can hold the model's {served.parameters / 1e9:,.1f} billion parameters"
+            + (f": {why}" if why else ""),
+            hint="drop one of --require, --clouds, --only, or halve the weights with --precision fp8 or int8",
+        )
+    stated = sorted({name for a in answers for name in _misses(a, needs)})
+    hints = []
+    for name in stated:
+        others = [a for a in answers if not set(_misses(a, needs)) - {name}]
+        if others:
+            nearest = min(others, key=lambda a: _distance(a, name, needs))
+            hints.append(f"without {name}: {_told(nearest, needs)}")
+    for name in stated:
+        least = min(answers, key=lambda a: _distance(a, name, needs))
+        hints.append(f"nearest to {name}: {_told(least, needs)}")
+    alone = [name for name in stated if all(name in _misses(a, needs) for a in answers)]
+    if alone:
+        return RequestError(f"no offer meets {' and '.join(alone)}", hint="; ".join(hints[:4]))
+    return RequestError(f"{' and '.join(stated)} clash: each can be met, not all", hint="; ".join(hints[:4]))
+
+
+def _distance(answer: ServeAnswer, name: str, needs: Needs) -> float:
+    found = answer.estimate
+    return {
+        "--latency-ms": found.latency,
+        "--first-token-ms": found.first_token,
+        "--budget": _usd(answer, needs),
+        "--deadline": answer.hours,
+    }[name.partition(" ")[0]]
+
+
+def _told(answer: ServeAnswer, needs: Needs) -> str:
+    found = answer.estimate
+    return (
+        f"{answer.name}: {found.latency * 1e3:,.1f} ms, first token {found.first_token * 1e3:,.0f} ms, {answer.hours:,.2f} h, "
+        f"${_usd(answer, needs):,.2f}"
+    )

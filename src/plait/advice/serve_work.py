@@ -1,0 +1,83 @@
+"""What has to be served: how long requests are and how many tokens or samples, given or a default that says why."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from plait.advice.needs import Needs
+from plait.cost.serving import Load
+from plait.cost.serving_work import Served
+from plait.schema.graph import Graph, ParameterSpec
+from plait.schema.records import Record
+
+__all__ = ["ServeWork", "serve_work_of"]
+
+# Lengths of chat: within those that TensorRT-LLM's and vLLM's published tables use.
+_INPUT, _OUTPUT = 1000, 250
+_AMOUNT = 1e6  # so that dollars are dollars for a million
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServeWork(Record):
+    """The load, and how much of it dollars and hours are for."""
+
+    load: Load
+    load_why: str
+    unit: str
+    """output tokens or samples."""
+    each: str
+    """One of them."""
+    amount: float
+    """Output tokens, or samples."""
+    amount_why: str
+    notes: tuple[str, ...] = ()
+
+
+def serve_work_of(graph: Graph, served: Served, needs: Needs) -> ServeWork:
+    """The load of `needs`, with defaults where it says nothing."""
+    amount, why = needs.tokens or _AMOUNT, "as given by --tokens" if needs.tokens else "default: a million"
+    notes: list[str] = []
+    if not served.decodes or needs.output_tokens == 0:
+        if needs.output_tokens or (needs.input_tokens and not served.decodes):
+            notes.append("--input-tokens and --output-tokens do not matter: the model makes no tokens one by one")
+        length = needs.input_tokens or 0 if served.decodes else 0
+        shape = f"of {length or served.length} positions" if served.length > 1 else "of the job's own shape"
+        return ServeWork(
+            load=Load(input_tokens=length), load_why=f"a plain forward of samples {shape}", unit="samples", each="batch",
+            amount=amount, amount_why=why, notes=tuple(notes),
+        )  # fmt: skip
+    given = needs.input_tokens is not None or needs.output_tokens is not None
+    prompt, reply = needs.input_tokens or _INPUT, needs.output_tokens or _OUTPUT
+    reason = "as given" if given else f"default: prompts of {prompt:,} and replies of {reply:,} tokens"
+    most = _positions(graph)
+    if most is not None and prompt + reply > most:
+        if given:
+            notes.append(f"the model's table of positions ends at {most}: {prompt + reply} are more than it can take")
+        else:
+            prompt, reply = max(1, most * 3 // 4), max(1, most // 4)
+            reason = f"default: three quarters and a quarter of the model's {most} positions"
+    notes.append(
+        "taken to make tokens one by one, since it scores its own vocabulary; --output-tokens 0 for a plain forward"
+    )
+    return ServeWork(
+        load=Load(input_tokens=prompt, output_tokens=reply), load_why=reason, unit="output tokens", each="token", amount=amount,
+        amount_why=why, notes=tuple(notes),
+    )  # fmt: skip
+
+
+def _positions(graph: Graph) -> int | None:
+    """Rows of the table that is not looked up with tokens: as many positions as there are; None where there is none."""
+    rows = []
+    for segment in graph.segments:
+        for op in segment.operators:
+            if op.kind != "embedding" or not op.outputs:
+                continue
+            size = next((s.shape[0] for n in op.parameters for s in [_spec(graph, n)] if s is not None), 0)
+            by_token = any(x.name == source.name for source in graph.inputs for x in op.inputs)
+            if size and not by_token:
+                rows.append(size)
+    return min(rows, default=None)
+
+
+def _spec(graph: Graph, name: str) -> ParameterSpec | None:
+    return next((s for s in graph.parameters if name == s.name or name in s.aliases), None)
