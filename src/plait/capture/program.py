@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -55,6 +56,19 @@ class Program:
     graph: Graph | None = None
     outputs_spec: Any = None
     """pytree spec of the model's outputs, where the loss is not captured."""
+    fixed_outputs: dict[int, Any] = field(default_factory=dict)
+    """Leaves of the outputs that are no tensors, by position."""
+    train: bool = True
+    """Whether this is the forward of training; False: of eval mode, without a loss."""
+
+    def outputs_of(self, tensors: Sequence[torch.Tensor]) -> Any:
+        """The model's outputs in their own structure, from the graph's tensors."""
+        from torch.utils import _pytree as pytree
+
+        rest = iter(tensors)
+        count = len(tensors) + len(self.fixed_outputs)
+        leaves = [self.fixed_outputs[i] if i in self.fixed_outputs else next(rest) for i in range(count)]
+        return pytree.tree_unflatten(leaves, self.outputs_spec)
 
     @property
     def dynamic(self) -> bool:

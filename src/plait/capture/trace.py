@@ -34,7 +34,7 @@ from plait.capture.segments import mark_segments
 from plait.capture.work import build_graph
 from plait.errors import CaptureError, TargetError
 
-__all__ = ["call_model", "loss_of", "path_name", "tied_names", "trace", "user_line"]
+__all__ = ["call_model", "eval_mode", "loss_of", "path_name", "tied_names", "trace", "user_line"]
 
 _DROPPED = {
     "aten._assert_tensor_metadata.default",
@@ -51,11 +51,13 @@ def trace(
     batch: int | None = None,
     time_limit: float = 300.0,
     say: Callable[[str], None] | None = None,
+    train: bool = True,
 ) -> Program:
     """The job's model captured at a microbatch of `batch` samples (the sample batch's own size if None).
 
     `module` is the built model where the caller has it already (its large parameters may be empty). The loss is
     captured with the model; where the user's loss cannot be, the outputs are captured and the loss stays eager.
+    With `train` False the model is captured in eval mode and never with a loss; its outputs keep their own structure.
 
     Raises:
         CaptureError: torch.export cannot capture the model, or it took longer than `time_limit` seconds; the message
@@ -64,20 +66,20 @@ def trace(
     size = batches.batch_size(job) if batch is None else batch
     if size == 1:
         try:
-            return _trace(job, module, 1, time_limit, say)
+            return _trace(job, module, 1, time_limit, say, train)
         except CaptureError:
             # Some operators refuse one sample (batch norm) that is one of several over all replicas: a capture with an
             # open batch then serves it.
-            program = _trace(job, module, 2, time_limit, say)
+            program = _trace(job, module, 2, time_limit, say, train)
             if not program.dynamic:
                 raise
             program.sizes = (1, program.sizes[1])
             return program
-    return _trace(job, module, size, time_limit, say)
+    return _trace(job, module, size, time_limit, say, train)
 
 
 def _trace(
-    job: Job, module: nn.Module | None, size: int, time_limit: float, say: Callable[[str], None] | None
+    job: Job, module: nn.Module | None, size: int, time_limit: float, say: Callable[[str], None] | None, train: bool
 ) -> Program:
     if module is None:
         from plait.capture.build import build
@@ -85,12 +87,44 @@ def _trace(
         module = build(job, seed=0, values=False).module
     sample = batches.resized(job, size)
     with _announced(say, time_limit):
-        exported, has_loss = _export_any(job, module, sample, size, time_limit)
-    program = _clean(job, module, exported, has_loss=has_loss, size=size)
+        if train:
+            exported, has_loss = _export_any(job, module, sample, size, time_limit)
+        else:
+            with eval_mode(module):
+                exported, has_loss = _export_outputs(job, module, sample, size, time_limit), False
+    program = _clean(job, module, exported, has_loss=has_loss, size=size, train=train)
     measure(program)
     mark_segments(program)
     program.graph = build_graph(program)
     return program
+
+
+@contextmanager
+def eval_mode(module: nn.Module) -> Iterator[None]:
+    """Within, the module is in eval mode; afterwards each of its parts is in the mode that it was in."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, mode in modes:
+            part.training = mode
+
+
+class _Outputs(nn.Module):
+    """The model alone, with the arguments (inputs, targets) of which it takes the first."""
+
+    def __init__(self, model: nn.Module, plain: bool) -> None:
+        super().__init__()
+        self.model = model
+        self._plain = plain
+        self.eval()
+
+    def forward(self, inputs: Any, targets: Any) -> Any:
+        """The model's outputs as they are, or as plain pytrees."""
+        del targets
+        outputs = call_model(self.model, inputs)
+        return _plain(outputs) if self._plain else outputs
 
 
 class _Whole(nn.Module):
@@ -160,6 +194,25 @@ def _export_any(
                     f"capture: took longer than {time_limit:.0f} s and was stopped",
                     hint="raise the time limit, or run under dp or fsdp only, which needs no capture",
                 ) from None
+            except Exception as problem:
+                first = first or problem
+    assert first is not None
+    raise _explained(first) from None
+
+
+def _export_outputs(
+    job: Job, module: nn.Module, sample: tuple[Any, Any], size: int, time_limit: float
+) -> torch.export.ExportedProgram:
+    """The first that works: the outputs as they are or as plain pytrees, with open batch or with fixed batch."""
+    first: BaseException | None = None
+    for dynamic in (True, False) if size > 1 else (False,):
+        for plain in (False, True):
+            try:
+                return _export(job, _Outputs(module, plain), sample, dynamic, time_limit)
+            except (TargetError, CaptureError):
+                raise
+            except _OutOfTimeError:
+                raise CaptureError(f"capture: took longer than {time_limit:.0f} s and was stopped") from None
             except Exception as problem:
                 first = first or problem
     assert first is not None
@@ -282,7 +335,7 @@ def _explained(problem: BaseException) -> CaptureError:
 
 
 def _clean(
-    job: Job, module: nn.Module, exported: torch.export.ExportedProgram, *, has_loss: bool, size: int
+    job: Job, module: nn.Module, exported: torch.export.ExportedProgram, *, has_loss: bool, size: int, train: bool
 ) -> Program:
     graph_module = copy.deepcopy(exported.graph_module)
     graph = graph_module.graph
@@ -293,7 +346,7 @@ def _clean(
     placeholders, constants = _placeholders(job, module, exported, graph, size)
     sizes = _accepted_sizes(job, exported, placeholders, graph, size)
     aliases = _merge_tied(module, graph, placeholders)
-    _normalise_output(graph)
+    fixed = _normalise_output(graph)
     graph.eliminate_dead_code(is_impure_node=_is_impure)
     for node in list(graph.nodes):
         if node.op == "placeholder" and not node.users and placeholders[node.name].kind != "input":
@@ -310,6 +363,8 @@ def _clean(
         aliases=aliases,
         constants=constants,
         outputs_spec=None if has_loss else exported.module_call_graph[0].signature.out_spec,
+        fixed_outputs=fixed,
+        train=train,
     )
 
 
@@ -420,7 +475,19 @@ def _merge_tied(module: nn.Module, graph: fx.Graph, placeholders: dict[str, Plac
     return aliases
 
 
-def _normalise_output(graph: fx.Graph) -> None:
+def _normalise_output(graph: fx.Graph) -> dict[int, Any]:
+    """Make the output a tuple of tensors; returns what else the outputs hold, by position among their leaves."""
     output = graph.output_node()
-    values = tuple(v for v in pytree.tree_leaves(output.args[0]) if isinstance(v, fx.Node))
-    output.args = (values,)
+    leaves = pytree.tree_leaves(output.args[0])
+    with graph.inserting_before(output):
+        output.args = (tuple(_made_in_graph(graph, v) for v in leaves if isinstance(v, fx.Node)),)
+    return {i: v for i, v in enumerate(leaves) if not isinstance(v, fx.Node)}
+
+
+def _made_in_graph(graph: fx.Graph, node: fx.Node) -> fx.Node:
+    """The node; a copy of it where it is an argument that is given back as it came."""
+    if node.op != "placeholder":
+        return node
+    copied = graph.call_function(torch.ops.aten.clone.default, (node,))
+    copied.meta = dict(node.meta)
+    return copied

@@ -87,6 +87,16 @@ class Applied:
         """Whether the model's graph is run, not its own modules."""
         return bool(self.captures)
 
+    @property
+    def used_names(self) -> set[str]:
+        """Parameters and buffers that the graph takes, on whichever process."""
+        return {p.name for p in self.program.placeholders.values() if p.kind in ("parameter", "buffer")}
+
+    def held(self) -> list[Held]:
+        """Parameters and buffers as this process holds them (constants of the graph are no state)."""
+        names = self.used_names
+        return [h for h in (*self.parameters.values(), *self.buffers.values()) if h.name in names]
+
     def program_for(self, samples: int) -> Program:
         """The capture that serves microbatches of `samples`.
 
@@ -126,14 +136,16 @@ def apply(program: Program, built: Built, plan: Plan, world: World) -> Applied:
     capture = cut(program, plan, world)
     module, layouts, bounds = capture.module, capture.layouts, capture.bounds
     stages = {index: StageModule(graph) for index, graph in capture.stages.items()}
-    filler = _Filler(built, program.constants, layouts, plan, world)
+    filler = _Filler(built, program, layouts, plan, world)
     for stage in stages.values():
         filler.fill(stage)
     holders = _stages_of_names(program, module, bounds, plan)
-    owned = _held(filler, holders, world)
+    owned = list(_held(filler, holders, world))
     parameters = {h.name: h for h in owned if isinstance(h.tensor, nn.Parameter)}
     buffers = {h.name: h for h in owned if not isinstance(h.tensor, nn.Parameter) and h.name not in program.constants}
     reached = {p.name for p in program.placeholders.values() if p.kind == "parameter" and p.trainable and p.reached}
+    if not program.train:
+        reached = set()  # no gradients
     replicated = [h.tensor for n, h in parameters.items() if n in reached and not isinstance(h.tensor, DTensor)]
     reducer = None
     if world.samples is not None and replicated:
@@ -188,11 +200,10 @@ def _uses(stages: dict[int, StageModule], parameters: dict[str, Held]) -> dict[n
 class _Filler:
     """Gives units their parameters and buffers: at most one unit's worth is whole at a time."""
 
-    def __init__(
-        self, built: Built, constants: dict[str, torch.Tensor], layouts: dict[str, Layout], plan: Plan, world: World
-    ) -> None:
+    def __init__(self, built: Built, program: Program, layouts: dict[str, Layout], plan: Plan, world: World) -> None:
         self._built = built
-        self._constants = constants
+        self._constants = program.constants
+        self._trains = program.train
         self._layouts = layouts
         self._plan = plan
         self._world = world
@@ -212,7 +223,7 @@ class _Filler:
                 for unit in group:
                     self._fill_unit(unit, fresh)
                 self._shard(group)
-        for unit in units[1:]:
+        for unit in units[1:] if self._trains else ():
             recompute_unit(unit, self._plan.recompute_of(unit.first_segment))
         if self._plan.fsdp > 1:
             self._shard([stage])
@@ -252,7 +263,7 @@ class _Filler:
         # FSDP takes contiguous parameters only; where values lie in memory changes no result.
         tensor = layout.take(whole).to(self._world.device).contiguous()
         if kind == "parameter":
-            return nn.Parameter(tensor, requires_grad=self._built.trains(name))
+            return nn.Parameter(tensor, requires_grad=self._trains and self._built.trains(name))
         return tensor
 
     def _shard(self, modules: list[Any]) -> None:

@@ -192,7 +192,7 @@ def prepare(applied: Applied, samples: int) -> Capture:
     index = next((i for i, c in enumerate(applied.captures) if c.program.accepts(samples)), None)
     if index is None:
         try:
-            program = trace(first.program.job, module=applied.module, batch=samples)
+            program = trace(first.program.job, module=applied.module, batch=samples, train=first.program.train)
             capture = cut(program, applied.plan, applied.world, like=first)
         except CaptureError as problem:
             raise _refused(first.program, samples, problem.message) from None

@@ -18,7 +18,7 @@ from plait.plan.space import refuse_unsupported
 from plait.run.processes import settle_under_launcher, spawn
 from plait.schema import Estimate, Plan
 
-__all__ = ["run_train", "run_verify", "under_launcher"]
+__all__ = ["run_train", "run_verify", "run_verify_forward", "under_launcher"]
 
 
 def under_launcher() -> int | None:
@@ -70,6 +70,23 @@ def run_verify(
     result["certificate"] = str(path)
     _write_certificate(path, target, bound, result)
     return dict(result)
+
+
+def run_verify_forward(
+    *,
+    target: str,
+    devices: int | None,
+    plan: str,
+    batch: int | None = None,
+    seed: int = 0,
+    weights: Path | None = None,
+) -> dict[str, Any] | None:
+    """`plait verify --forward`: the verdict as plain values."""
+    check_target(target)
+    bound = bound_plan(plan, devices)
+    place = None if weights is None else str(weights)
+    result = in_processes(_verify_forward_here, (target, bound, batch, seed, place), bound.devices)
+    return None if result is None else dict(result)
 
 
 def run_train(
@@ -141,6 +158,13 @@ def _verify_here(target: str, plan: Plan, steps: int, batch: int | None, seed: i
     from plait.run.verify import verify
 
     return verify(load_target(target), plan, steps=steps, batch=batch, seed=seed).to_dict()
+
+
+def _verify_forward_here(target: str, plan: Plan, batch: int | None, seed: int, weights: str | None) -> dict[str, Any]:
+    from plait.capture.target import load_target
+    from plait.run.verify_forward import verify_forward
+
+    return verify_forward(load_target(target), plan, batch=batch, seed=seed, weights=weights).to_dict()
 
 
 def _slug(text: str) -> str:

@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 from plait.capture.build import Built
 from plait.capture.job import Job
 from plait.capture.program import Placeholder, Program
-from plait.capture.trace import call_model, loss_of, path_name, tied_names
+from plait.capture.trace import call_model, eval_mode, loss_of, path_name, tied_names
 from plait.errors import CaptureError, PlanError
 from plait.run.apply import Applied, Held, fsdp_layout
 from plait.run.batchnorm import BatchNorm
@@ -48,12 +48,14 @@ def refuse_uncaptured(plan: Plan, reason: CaptureError) -> None:
         )
 
 
-def apply_own_modules(job: Job, built: Built, plan: Plan, world: World, samples: int, reason: CaptureError) -> Applied:
-    """The model as it is, replicated or sharded by FSDP."""
+def apply_own_modules(
+    job: Job, built: Built, plan: Plan, world: World, samples: int, reason: CaptureError, *, train: bool = True
+) -> Applied:
+    """The model as it is, replicated or sharded by FSDP; without `train` in eval mode and for its outputs."""
     module = built.module
     aliases = tied_names(module)
     _fill(built, world)
-    stage = _OwnModules(job, module, world)
+    stage = _OwnModules(job, module, world) if train else _OwnOutputs(job, module)
     program = _program(job, module, aliases, samples)
     if plan.fsdp > 1:
         _shard(stage, module, plan, world)
@@ -67,7 +69,7 @@ def apply_own_modules(job: Job, built: Built, plan: Plan, world: World, samples:
     for name, buffer in module.named_buffers():
         buffers[name] = Held(name, buffer, Layout.full(tuple(buffer.shape)), world.rank == 0)
     replicated = [h.tensor for h in parameters.values() if not isinstance(h.tensor, DTensor)]
-    trained = [p for p in replicated if isinstance(p, nn.Parameter) and p.requires_grad]
+    trained = [p for p in replicated if isinstance(p, nn.Parameter) and p.requires_grad and train]
     reducer = None
     if world.samples is not None and trained:
         reducer = Reducer(trained, world.samples, overlap=False, all_used=False)
@@ -83,7 +85,9 @@ def apply_own_modules(job: Job, built: Built, plan: Plan, world: World, samples:
         module=module,
         sharded_by_fsdp=plan.fsdp > 1,
         notes=[f"the model runs on its own modules: {reason.message}"],
-        after_backward=(lambda: stage.drop_unused(module)) if plan.fsdp > 1 else None,
+        after_backward=(lambda: stage.drop_unused(module))
+        if isinstance(stage, _OwnModules) and plan.fsdp > 1
+        else None,
     )
 
 
@@ -210,6 +214,30 @@ class _OwnModules(nn.Module):
         for (_, parameter), flag in zip(named, flags.tolist(), strict=True):
             if not flag:
                 parameter.grad = None
+
+
+class _OwnOutputs(nn.Module):
+    """The user's model, in eval mode, in the shape of a pipeline stage."""
+
+    def __init__(self, job: Job, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+        self.units: list[Any] = []
+        self._spec = pytree.tree_structure(job.batch)
+        self._outputs: Any = None
+
+    def forward(self, samples: int = 0, **leaves: Any) -> tuple[torch.Tensor, ...]:
+        """The tensors of the model's outputs for one part of a batch."""
+        del samples
+        inputs, _ = pytree.tree_unflatten(list(leaves.values()), self._spec)
+        with eval_mode(self.module):
+            self._outputs = call_model(self.module, inputs)
+        return tuple(leaf for leaf in pytree.tree_leaves(self._outputs) if isinstance(leaf, torch.Tensor))
+
+    def structure(self, tensors: list[torch.Tensor]) -> Any:
+        """The outputs of the last forward with these tensors in the place of its own."""
+        rest = iter(tensors)
+        return pytree.tree_map(lambda leaf: next(rest) if isinstance(leaf, torch.Tensor) else leaf, self._outputs)
 
 
 class _BatchNormMode(TorchFunctionMode):

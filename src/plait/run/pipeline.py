@@ -26,7 +26,7 @@ from torch.distributed.pipelining.stage import _RecvInfo
 from plait.run.stages import Border, StageModule
 from plait.schema import Plan
 
-__all__ = ["Loss", "run_pipeline", "schedule_for"]
+__all__ = ["Loss", "run_forward_pipeline", "run_pipeline", "schedule_for"]
 
 Loss = Callable[[Any, Any], torch.Tensor]
 """loss(stage outputs, (targets, weight)) -> this microbatch's weighted part of the step's loss."""
@@ -65,8 +65,9 @@ class _Stage(PipelineStage):
         self._takes = [[_meta_tensor(b, size) for b in of[index]] for of, size in zip(edges, sizes, strict=True)]
         self._gives = [[_meta_tensor(b, size) for b in of[index + 1]] for of, size in zip(edges, sizes, strict=True)]
         is_last = index == plan.stages - 1
-        # The last stage's outputs go to the loss only; a stand-in satisfies torch's bookkeeping.
-        outputs = (torch.empty(0, device="meta"),) if is_last else tuple(self._gives[0])
+        # The last stage's outputs go to the loss or the caller only; stand-ins satisfy torch's bookkeeping.
+        stand_ins = tuple(torch.empty(0, device="meta") for _ in stage.graphs[0].gives)
+        outputs = stand_ins if is_last else tuple(self._gives[0])
         fsdp_by_schedule = plan.fsdp > 1 and plan.schedule == "zerobubble"
         super().__init__(
             stage if fsdp_by_schedule else _Hidden(stage),
@@ -144,17 +145,19 @@ def schedule_for(
     sizes: list[int],
     device: torch.device,
     group: dist.ProcessGroup,
-    loss: Loss,
+    loss: Loss | None,
 ) -> Any:
     """torch's schedule object for this process's `stages` (index -> module) and these microbatch sizes.
 
     `edges[m][i]` is what crosses in front of stage i in microbatch m. With fewer microbatches than 1F1B needs, all
-    forwards run first.
+    forwards run first. Without a `loss` there are forwards only.
     """
     parts: list[Any] = [
         _Stage(stage, index, plan, device, group, sizes, edges) for index, stage in sorted(stages.items())
     ]
     options: dict[str, Any] = {"n_microbatches": len(sizes), "loss_fn": loss, "scale_grads": False}
+    if loss is None:  # nothing is kept for a backward, so that no order of forwards saves memory
+        return ScheduleGPipe(parts[0], **options) if len(parts) == 1 else ScheduleLoopedBFS(parts, **options)
     few = len(sizes) < plan.stages
     if plan.schedule in ("gpipe", "1f1b") and len(parts) == 1:
         kind = ScheduleGPipe if few or plan.schedule == "gpipe" else Schedule1F1B
@@ -173,10 +176,29 @@ def run_pipeline(schedule: Any, inputs: list[dict[str, Any]], targets: list[Any]
 
     `inputs[i]` are microbatch i's model inputs by placeholder name; every stage takes what it needs of them.
     """
+    _begin(schedule)
+    losses: list[torch.Tensor] = []
+    schedule._step_microbatches([()] * len(inputs), inputs, targets, losses, return_outputs=False)
+    return losses
+
+
+def run_forward_pipeline(schedule: Any, inputs: list[dict[str, Any]]) -> list[tuple[torch.Tensor, ...]] | None:
+    """Forward of every microbatch, by a schedule without a loss. Each one's outputs on the last stage's process, else None.
+
+    A stage works on a microbatch while the next stage works on the one before. `inputs` as in `run_pipeline`.
+    """
+    stages = _begin(schedule)
+    schedule._step_microbatches([()] * len(inputs), inputs, None, None, return_outputs=True)
+    last = next((stage for stage in stages if stage.is_last), None)
+    outputs = None if last is None else list(last.output_chunks)
+    for stage in stages:  # nothing of a batch stays in memory
+        stage.clear_runtime_states()
+    return outputs
+
+
+def _begin(schedule: Any) -> list[Any]:
     stages = getattr(schedule, "_stages", None) or [schedule._stage]
     for stage in stages:
         stage.has_backward = schedule._has_backward
         stage.clear_runtime_states()
-    losses: list[torch.Tensor] = []
-    schedule._step_microbatches([()] * len(inputs), inputs, targets, losses, return_outputs=False)
-    return losses
+    return list(stages)

@@ -230,7 +230,7 @@ def stage_graph(
     output = nodes[-1]
     wanted = [b.name for b in borders(module, end)] if not is_last else [n.name for n in output.args[0]]
     takes = [] if first == 0 else [b.name for b in borders(module, first)]
-    parts = [[n for n in nodes if low <= _segment(n) < high] for low, high in groups]
+    parts = [[n for n in nodes if low <= _segment(n) < high and n is not output] for low, high in groups]
     preludes = _needed_preludes(parts, output if is_last else None)
     prelude = _make_unit(module, placeholders, preludes, _shown(preludes, parts, output if is_last else None))
     units = []

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self, overload
 
 import torch
 import torch.distributed as dist
@@ -15,58 +16,104 @@ from torch.utils import _pytree as pytree
 
 from plait.capture import batch as batches
 from plait.capture.build import build
+from plait.capture.inference import inference_job
 from plait.capture.job import Job
 from plait.capture.trace import loss_of, trace
 from plait.errors import CaptureError, DivergedError, PlanError
 from plait.run.apply import Applied, Held, apply, check, local_of
 from plait.run.batchnorm import nothing_counts
 from plait.run.evaluate import losses_of_parts
+from plait.run.forward import ForwardRun
 from plait.run.optimizers import check_elementwise, default_optimizer
 from plait.run.own_modules import apply_own_modules, refuse_uncaptured
 from plait.run.pipeline import run_pipeline, schedule_for
 from plait.run.precision import autocast_for
 from plait.run.room import refuse_too_large
 from plait.run.shares import shares
+from plait.run.weights import load_weights
 from plait.run.world import World, join
 from plait.schema import Graph, Plan
 
 __all__ = ["Run", "start"]
 
 
+_Change = Callable[[str, torch.Tensor], torch.Tensor]
+_Say = Callable[[str], None]
+
+
+@overload
 def start(
     job: Job,
     plan: Plan | str | Path,
     *,
+    train: Literal[True] = True,
+    weights: str | Path | None = None,
     batch: int | None = None,
     seed: int = 0,
     world: World | None = None,
-    change: Callable[[str, torch.Tensor], torch.Tensor] | None = None,
-    say: Callable[[str], None] | None = None,
-) -> Run:
+    change: _Change | None = None,
+    say: _Say | None = None,
+) -> Run: ...
+
+
+@overload
+def start(
+    job: Job,
+    plan: Plan | str | Path,
+    *,
+    train: Literal[False],
+    weights: str | Path | None = None,
+    batch: int | None = None,
+    seed: int = 0,
+    world: World | None = None,
+    change: _Change | None = None,
+    say: _Say | None = None,
+) -> ForwardRun: ...
+
+
+def start(
+    job: Job,
+    plan: Plan | str | Path,
+    *,
+    train: bool = True,
+    weights: str | Path | None = None,
+    batch: int | None = None,
+    seed: int = 0,
+    world: World | None = None,
+    change: _Change | None = None,
+    say: _Say | None = None,
+) -> Run | ForwardRun:
     """The job under a plan (a Plan, a SPEC text or a file's path), ready to step, in every process of the plan.
 
+    `train=False`: ready for `forward(inputs)` only, in eval mode, without gradients, optimizer or loss.
+    `weights`: a run directory (its newest checkpoint) or a checkpoint, of any plan, to take the weights from.
     `batch` is the usual global batch in samples (the job's sample batch if None); other sizes may follow.
     `change(name, value)` may alter initial values; `say(text)` is told of what takes long, in the first process.
 
     Raises:
         PlanError: the plan fits neither the processes, nor the batch, nor the model.
         CaptureError: the model cannot be captured and the plan needs it to be.
+        CheckpointError: there is no checkpoint in `weights`, or it is broken or of another model.
     """
     size = batches.batch_size(job) if batch is None else batch
     bound = Plan.load(plan).bound(batch=size)
+    if not train:
+        bound = replace(bound, recompute="none", recompute_segments=None)
     world = world or join(bound)
     if not isinstance(job.model, torch.nn.Module):
-        refuse_too_large(build(job, seed=seed, values=False).module, bound, world)
+        refuse_too_large(build(job, seed=seed, values=False).module, bound, world, train=train)
     built = build(job, seed=seed, values=True)
+    if not train:
+        job = inference_job(job, built.module)
     if change is not None:
         built = built.changed(change)
     table = shares(size, bound.microbatches, bound.replicas, bound.batch_shares)
     part = max(1, *(stop - start for row in table for start, stop in row))
     try:
-        program = trace(job, module=built.module, batch=part, say=say if world.rank == 0 else None)
+        program = trace(job, module=built.module, batch=part, say=say if world.rank == 0 else None, train=train)
     except CaptureError as reason:
         refuse_uncaptured(bound, reason)
-        applied = apply_own_modules(job, built, bound, world, part, reason)
+        applied = apply_own_modules(job, built, bound, world, part, reason, train=train)
     else:
         assert program.graph is not None
         check(bound, program.graph)
@@ -76,6 +123,10 @@ def start(
             applied.program_for(other)
     # Replicas draw different random numbers; processes that share a sample (tp) the same ones.
     torch.manual_seed(seed * 1_000_003 + world.replica * 1009 + world.index("pp") + 1)
+    if weights is not None:
+        load_weights(Path(weights), applied)
+    if not train:
+        return ForwardRun(job, applied)
     run = Run(job, applied, _named(built.module, applied))
     run.state_names = [name for name in built.module.state_dict() if name not in applied.program.aliases]
     return run
@@ -220,14 +271,11 @@ class Run:
     @property
     def used_names(self) -> set[str]:
         """Parameters and buffers that the graph takes, on whichever process."""
-        places = self.applied.program.placeholders.values()
-        return {p.name for p in places if p.kind in ("parameter", "buffer")}
+        return self.applied.used_names
 
     def held(self) -> list[Held]:
         """Parameters and buffers as this process holds them (constants of the graph are no state)."""
-        names = self.used_names
-        both = [*self.applied.parameters.values(), *self.applied.buffers.values()]
-        return [h for h in both if h.name in names]
+        return self.applied.held()
 
     @property
     def has_batch_norm(self) -> bool:
