@@ -7,8 +7,8 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,6 +47,7 @@ def export(
     seconds: float = 4.0,
     limit: float = 600.0,
     compiled: bool = True,
+    scratch: str | os.PathLike[str] | None = None,
     tell: Callable[[str, str], None] = lambda backend, stage: None,
 ) -> dict[str, Any]:
     """What each backend made of a model: the report that is also in `report.json` of the output folder.
@@ -65,6 +66,7 @@ def export(
         seconds: for timing each batch size with each number of threads; 0: not timed.
         limit: seconds for each backend before it is stopped.
         compiled: whether torch.compile is timed beside eager.
+        scratch: folder that the captured model is kept in; by default it is made in the place for temporary files and removed.
         tell: called with backend and stage as they begin.
 
     Raises:
@@ -88,11 +90,11 @@ def export(
     source = source_of(model, target=target, inputs=inputs)
     out = Path(output) if output is not None else _default_output(model, source.name)
     try:
-        with tempfile.TemporaryDirectory(prefix="plait-export-") as scratch:
-            prepared = _prepared(source, Path(scratch), sizes, data, tell)
+        with _folder(scratch) as place:
+            prepared = _prepared(source, place, sizes, data, tell)
             decoder = None if max_length is None else _decoder(source, prepared, max_length, max(sizes), tell)
-            job = _Task(source, prepared, Path(scratch), out, sizes, counts, seconds, limit, compiled, tell)
-            rows = [job.row(name, place, p) for name, place in places.items() for p in precisions]
+            job = _Task(source, prepared, place, out, sizes, counts, seconds, limit, compiled, tell)
+            rows = [job.row(name, module, p) for name, module in places.items() for p in precisions]
     except OSError as problem:
         raise PlaitError(f"export: {problem.strerror or problem}: {problem.filename or out}") from None
     report = _report(source, prepared, rows, sizes, counts)
@@ -100,6 +102,16 @@ def export(
         report["decoder"] = decoder
     _write_report(out, report)
     return report
+
+
+@contextmanager
+def _folder(given: str | os.PathLike[str] | None) -> Iterator[Path]:
+    if given is not None:
+        Path(given).mkdir(parents=True, exist_ok=True)
+        yield Path(given).resolve()
+        return
+    with tempfile.TemporaryDirectory(prefix="plait-export-") as made:
+        yield Path(made)
 
 
 def _words(value: str | Sequence[str]) -> list[str]:
@@ -127,6 +139,7 @@ def _prepared(source: Source, scratch: Path, sizes: Sequence[int], data: Any, te
     from plait.serve.prepare import prepare
 
     folder = scratch / "subject"
+    shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     batches = _data_of(source, data, max(sizes))
     return prepare(source, folder, asked=sizes, data=batches, tell=lambda stage: tell("", stage))
@@ -282,8 +295,9 @@ class _Task:
         """Peak memory of a process that only loads the finished artefact and runs its largest sample."""
         found = self._child(backend, place, interpreter, precision, folder, "serve", 0)
         if found["status"] == "ok":
-            values["serve_peak_bytes"] = found["peak_bytes"]
-            values["serve_before_bytes"] = found["before_bytes"]
+            # Of the whole process, and what of it came with loading and running; the rest is Python and torch.
+            values["serve_peak_bytes"] = found["serving_bytes"]
+            values["serve_added_bytes"] = found["serving_bytes"] - found["before_bytes"]
         else:
             values["status"], values["error"] = "failed", f"the finished artefact does not load: {found.get('error')}"
 

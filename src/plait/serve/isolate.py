@@ -62,6 +62,9 @@ def _environment(request: Request, interpreter: str, folder: Path) -> dict[str, 
     environment.pop("KMP_AFFINITY", None)
     environment.setdefault("HF_HUB_OFFLINE", "1")
     environment["PYTHONWARNINGS"] = "ignore"
+    environment.setdefault(
+        "TORCHAO_FORCE_SKIP_LOADING_SO_FILES", "1"
+    )  # they are CUDA's, and these children compute on CPUs
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         environment.pop(name, None)
     if interpreter == sys.executable:
