@@ -19,6 +19,8 @@ PUBLIC = [
     "Run",
     "estimate",
     "export",
+    "from_keras",
+    "from_onnx",
     "launch",
     "parallelize",
     "search",

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from plait.auto import parallelize as parallelize
     from plait.capture.job import Job as Job
+    from plait.capture.keras.job import from_keras as from_keras
+    from plait.capture.onnx.job import from_onnx as from_onnx
     from plait.capture.program import Program as Program
     from plait.capture.trace import trace as trace
     from plait.cost.step import estimate as estimate
@@ -37,6 +39,8 @@ _HOME = {
     "Program": "plait.capture.program",
     "Run": "plait.run.start",
     "estimate": "plait.cost.step",
+    "from_keras": "plait.capture.keras.job",
+    "from_onnx": "plait.capture.onnx.job",
     "export": "plait.serve.export",
     "launch": "plait.jobs.launch",
     "parallelize": "plait.auto",
@@ -58,6 +62,8 @@ __all__ = [
     "Run",
     "estimate",
     "export",
+    "from_keras",
+    "from_onnx",
     "launch",
     "parallelize",
     "search",

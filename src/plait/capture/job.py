@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import KW_ONLY, dataclass
 from typing import TYPE_CHECKING, Any
@@ -43,3 +44,13 @@ class Job:
     """For reports; the model's class if empty."""
     generate: Callable[..., str] | None = None
     """generate(model) -> text shown after training, with the trained whole model; None: nothing is shown."""
+
+    def __post_init__(self) -> None:
+        # A Keras model is a torch module, but one that `.train()` and torch.export do not know what to do with.
+        if "keras" in sys.modules:
+            from plait.capture.keras.module import is_keras_model
+
+            if is_keras_model(self.model):
+                from plait.capture.keras.job import adopt
+
+                adopt(self)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +10,7 @@ import torch
 from torch import nn
 
 from plait.capture.arguments import nearest
+from plait.capture.naming import register
 from plait.capture.onnx.ops import elementwise, layers, recurrent, resize, shapes  # noqa: F401  fill the table
 from plait.capture.onnx.ops.host import HOST, LARGEST_HOST
 from plait.capture.onnx.ops.table import OPERATORS
@@ -62,21 +61,7 @@ class OnnxModule(nn.Module):
             tensor = constant_tensor(array)
         except TypeError as problem:
             raise TargetError(f"weight {name!r}: {problem}") from None
-        *path, leaf = _path(name)
-        owner: nn.Module = self
-        done = []
-        for part in path:
-            name_here = part if part in owner._modules else _free(owner, part)
-            if name_here not in owner._modules:
-                owner.add_module(name_here, nn.Module())
-            owner = owner.get_submodule(name_here)
-            done.append(name_here)
-        leaf = _free(owner, leaf)
-        if trains:
-            owner.register_parameter(leaf, nn.Parameter(tensor))
-        else:
-            owner.register_buffer(leaf, tensor)
-        self.names[name] = ".".join([*done, leaf])
+        self.names[name] = register(self, name, tensor, kind="parameter" if trains else "buffer")
 
     def forward(self, *inputs: Any, **named: Any) -> Any:
         """The outputs: one tensor, or a tuple of them."""
@@ -170,16 +155,3 @@ def _steps(file: OnnxFile) -> list[_Step]:
         if name not in kept:
             ends[index].append(name)
     return [_Step(node, tuple(end)) for node, end in zip(file.nodes, ends, strict=True)]
-
-
-def _path(name: str) -> list[str]:
-    """`layers.0.weight` as torch has it; what an attribute's name may not hold becomes an underscore."""
-    parts = [re.sub(r"\W", "_", part) for part in name.split(".")]
-    return [part for part in parts if part] or ["weight"]
-
-
-def _free(owner: nn.Module, name: str) -> str:
-    taken: Iterable[str] = {*owner._parameters, *owner._buffers, *owner._modules}
-    while name in taken or hasattr(nn.Module, name) or name in owner.__dict__:
-        name += "_"
-    return name
