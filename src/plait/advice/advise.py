@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import datetime
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,7 @@ from plait.advice.hunt import Candidate, Hunt, few_plans, varied
 from plait.advice.interruptions import expected_hours
 from plait.advice.nearest import nearest_or_longer
 from plait.advice.needs import Needs
+from plait.advice.security import is_encrypted_between
 from plait.advice.shapes import shapes_of
 from plait.advice.trainable import with_trainable
 from plait.advice.work import Work, work_of
@@ -164,7 +165,7 @@ def _candidates(
     found = []
     enough = min(1.0, needs.deadline or 1.0)
     alone = {name: samples * seconds / 3600 for name, (_, _, seconds) in each.items()}
-    for shape in shapes_of(offers, least, alone, work.batch, everything, enough):
+    for shape in shapes_of(offers, least, alone, work.batch, everything, enough, _joins(needs)):
         precision, why, seconds = each[shape.part.name]
         hourly = shape.hourly(spot=needs.spot)
         if hourly is None:
@@ -181,6 +182,11 @@ def _candidates(
         hours = samples * seconds / shape.count / 3600 * delay
         found.append(Candidate(shape, precision, why, hours, hours * hourly[0], delay))
     return found
+
+
+def _joins(needs: Needs) -> Callable[[Offer], bool]:
+    """Which offers may be joined: with `--require encrypted-network` those whose network is known to be encrypted."""
+    return is_encrypted_between if "encrypted-network" in needs.require else lambda _: True
 
 
 def _here(

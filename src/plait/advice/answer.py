@@ -10,8 +10,10 @@ from plait.advice.compatibility import Compatibility
 from plait.advice.interruptions import expected_hours
 from plait.advice.needs import Needs
 from plait.advice.prices import age_days, price_warning
+from plait.advice.security import security_notes
 from plait.advice.shapes import Shape
 from plait.advice.work import Work
+from plait.hardware.catalogue import load_accelerators
 from plait.hardware.offers import Offer
 from plait.plan.space import unsupported
 from plait.schema.estimate import Estimate
@@ -84,6 +86,7 @@ class Answer(Record):
                 "age_days": price.age_days,
                 "source": price.offer.source,
                 "warning": price.warning,
+                "security": security_notes(load_accelerators()[self.accelerator], price.offer, self.instances),
             }
 
         return {

@@ -107,8 +107,9 @@ class Needs(Record):
             if value is not None and not (math.isfinite(value) and value >= 0):
                 raise RequestError(f"--{name.replace('_', '-')} {value:g} must be 0 or above", hint=_LEAVE_OUT)
         for need in self.require:
-            known = need in NEEDS if not need.startswith("region=") else bool(need.removeprefix("region="))
-            if not known or need == "region=":
+            name, sign, value = need.partition("=")
+            known = bool(value.strip()) and f"{name}=" in NEEDS if sign else need in NEEDS
+            if not known:
                 near = difflib.get_close_matches(need, NEEDS, n=2, cutoff=0.4)
                 raise RequestError(
                     f"--require {need!r} is not a need that plait knows",

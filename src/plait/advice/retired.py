@@ -62,5 +62,5 @@ def refuse_retired(word: str) -> None:
     if product is not None:
         raise RequestError(
             f"{product.name} has been retired ({product.year}): {product.reason}",
-            hint=f"its successor is {product.successor}",
+            hint=f"its successor is {product.successor} (source: {product.source})",
         )

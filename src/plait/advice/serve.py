@@ -22,6 +22,7 @@ from plait.advice.interruptions import expected_hours
 from plait.advice.needs import Needs
 from plait.advice.prices import age_days, price_warning
 from plait.advice.runtimes import Choice, choose_runtime
+from plait.advice.security import is_encrypted_between, security_notes
 from plait.advice.serve_reasons import reasons_for
 from plait.advice.serve_shapes import Way, ways
 from plait.advice.serve_work import ServeWork, serve_work_of
@@ -99,6 +100,7 @@ class ServeAnswer(Record):
                 "age_days": price.age_days,
                 "source": price.offer.source,
                 "warning": price.warning,
+                "security": security_notes(load_accelerators()[self.accelerator], price.offer, self.instances),
             }
 
         return {
@@ -202,7 +204,8 @@ def advise_serving(
     choices: dict[str, Choice] = {name: choice for name, (choice, _) in chosen.items() if choice is not None}
     failed: list[tuple[str, str]] = []
     heads = facts_of(graph).heads
-    found = list(ways(filtered.offers, offers, served, work.load, choices, heads, failed))
+    joins = is_encrypted_between if "encrypted-network" in needs.require else lambda _: True
+    found = list(ways(filtered.offers, offers, served, work.load, choices, heads, failed, joins))
     notes: list[str] = list(work.notes)
     here = _here(served, needs, work, local, notes)
     answers = [a for way in found if (a := _answer(way, needs, work, today)) is not None]

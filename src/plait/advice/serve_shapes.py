@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from plait.advice.runtimes import Choice
@@ -76,6 +76,7 @@ def ways(
     choices: Mapping[str, Choice],
     heads: frozenset[int],
     failed: list[tuple[str, str]],
+    joins: Callable[[Offer], bool] = lambda _: True,
 ) -> Iterator[Way]:
     """Every way that fits, at every batch size worth a look; what cannot be costed goes to `failed`.
 
@@ -90,7 +91,12 @@ def ways(
     for offer in offers:
         key = (offer.accelerator, offer.count)
         sellers[key].append(offer)
-        if offer.cloud not in APART and offer.count >= 4 and offer.count >= largest[offer.cloud, offer.accelerator]:
+        if (
+            joins(offer)
+            and offer.cloud not in APART
+            and offer.count >= 4
+            and offer.count >= largest[offer.cloud, offer.accelerator]
+        ):
             joined[key].append(offer)
     parts = load_accelerators()
     for (name, count), group in sellers.items():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from plait.hardware.catalogue import Accelerator, load_accelerators
@@ -62,10 +62,11 @@ def shapes_of(
     batch: int,
     everything: Sequence[Offer] = (),
     enough: float = 1.0,
+    joined: Callable[[Offer], bool] = lambda _: True,
 ) -> Iterator[Shape]:
     """Every shape from the smallest count that can hold the model, doubling until the bound is below `enough` hours.
 
-    `least` are the devices of each part that hold weights and optimizer, `hours_alone` one device's hours at best.
+    `joined` says whether several instances of an offer may be joined at all. `least` are the devices of each part that hold weights and optimizer, `hours_alone` one device's hours at best.
 
     Several instances are joined only where they hold four accelerators or more and are the largest that this cloud has
     of the part (among `everything` it sells): smaller ones seldom have the network that the catalogue states for whole nodes; what a marketplace or broker sells is never
@@ -82,7 +83,12 @@ def shapes_of(
         if per != offer.count:
             continue
         need = max(per, least[offer.accelerator])
-        alone = offer.cloud in APART or per < 4 or offer.count < largest[offer.cloud, offer.accelerator]
+        alone = (
+            not joined(offer)
+            or offer.cloud in APART
+            or per < 4
+            or offer.count < largest[offer.cloud, offer.accelerator]
+        )
         if alone and need > per:
             continue
         count = per << math.ceil(math.log2(need / per))

@@ -202,6 +202,9 @@ def _text(result: Mapping[str, Any]) -> None:
     told = result["answers"][0]["compatibility"]
     for reason in (*(told["reasons"] if told else ()), *result["answers"][0]["not_executable"]):
         say(f"  {reason}")
+    first = result["answers"][0]
+    for line in (first["spot" if result["needs"]["spot"] else "on_demand"] or {}).get("security", ()):
+        say(f"  security: {line}")
     for line in result["warnings"]:
         say(f"  note: {line}")
     for entry in result["excluded"][:8]:

@@ -56,6 +56,9 @@ def serve_text(result: Mapping[str, Any]) -> None:
     say(result["advice"])
     for reason in result["answers"][0]["compatibility"]["reasons"]:
         say(f"  {reason}")
+    first = result["answers"][0]
+    for line in (first["spot" if result["needs"]["spot"] else "on_demand"] or {}).get("security", ()):
+        say(f"  security: {line}")
     for line in result["warnings"]:
         say(f"  note: {line}")
     for entry in result["excluded"][:8]:
