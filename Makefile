@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+CPU := constraints/cpu.txt
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 
@@ -36,10 +37,12 @@ engines: $(STAMP)
 	$(BIN)/python -m plait.environments make parallelcluster
 
 # pip reads dependency groups from 25.1 on.
-$(STAMP): pyproject.toml
+$(STAMP): pyproject.toml $(CPU)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
-	$(BIN)/python -m pip install --quiet --editable . --group dev
+	if $(BIN)/python -m pip install --quiet --dry-run --no-deps --requirement $(CPU) 2> /dev/null; \
+		then $(BIN)/python -m pip install --quiet --editable . --group dev --constraint $(CPU); \
+		else $(BIN)/python -m pip install --quiet --editable . --group dev; fi
 	touch $(STAMP)
 
 clean:

@@ -171,11 +171,16 @@ def write(date: str) -> None:
         "",
     ]
     lines += [*causes, ""] if causes else []
-    lines += ["## Latency against eager", "", *latency_lines(rows)]
+    lines += ["### Latency against eager", "", *latency_lines(rows)]
     RESULTS.mkdir(exist_ok=True)
     stem = RESULTS / f"serve_cpu_{date}"
     stem.with_suffix(".md").write_text("\n".join(lines) + "\n")
     stem.with_suffix(".json").write_text(json.dumps({"models": MODELS, "rows": rows}, indent=1) + "\n")
+    page = ROOT / "docs" / "serve.md"
+    before, _, rest = page.read_text().partition("<!-- matrix -->")
+    page.write_text(
+        before + "<!-- matrix -->\n" + "\n".join(lines[2:]) + "\n<!-- end -->" + rest.partition("<!-- end -->")[2]
+    )
     print("\n".join(lines))
 
 

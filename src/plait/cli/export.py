@@ -79,12 +79,35 @@ def export(
     limit: Annotated[
         float, typer.Option("--limit", min=1, metavar="S", help="Seconds that a backend may take before it is stopped.")
     ] = 600,
+    tune: Annotated[bool, typer.Option("--tune", help="Search the fastest settings on this machine.")] = False,
+    tune_seconds: Annotated[float, typer.Option("--tune-seconds", min=1, metavar="S", help="Of searching.")] = 60,
+    tune_for: Annotated[
+        str, typer.Option("--tune-for", metavar="latency|throughput", help="Of the first --batch, or over all of them.")
+    ] = "latency",
+    tune_accuracy: Annotated[
+        float,
+        typer.Option("--tune-accuracy", min=0, max=1, help="Least cosine of a precision below fp32 that may win."),
+    ] = 0.99,
+    tune_record: Annotated[
+        Path | None,
+        typer.Option(
+            "--tune-record",
+            metavar="FILE",
+            help="Take the settings of an earlier --tune; measure nothing.",
+            show_default=False,
+        ),
+    ] = None,
     json: Json = False,
 ) -> int:
     """Write a trained model for serving runtimes, each proven equal to eager and timed beside it."""
     from plait.serve.export import export as write
     from plait.serve.table import exit_status, text
 
+    if tune_for not in ("latency", "throughput"):
+        raise typer.BadParameter(f"{tune_for!r} is neither latency nor throughput", param_hint="--tune-for")
+    if tune and tune_record is not None:
+        raise typer.BadParameter("either search, or take the settings of a record", param_hint="--tune, --tune-record")
+    _settle_torchao()
     with only_result_on_stdout(json), _progress(json) as tell:
         report = write(
             what,
@@ -98,10 +121,24 @@ def export(
             target=target,
             seconds=seconds,
             limit=limit,
+            tune=tune_seconds if tune else 0.0,
+            tune_goal=tune_for,  # type: ignore[arg-type]
+            tune_accuracy=tune_accuracy,
+            tune_record=tune_record,
             tell=tell,
         )
     show(report, json, text)
     return exit_status(report, to)
+
+
+def _settle_torchao() -> None:
+    """Keep a library that transformers imports from saying on stderr that it has no CUDA."""
+    import logging
+    import os
+
+    os.environ.setdefault("TORCHAO_FORCE_SKIP_LOADING_SO_FILES", "1")
+    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
+    logging.getLogger("torchao").setLevel(logging.ERROR)
 
 
 def _numbers(words: str, option: str) -> tuple[int, ...]:
