@@ -23,29 +23,11 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from plait.errors import ServeError
+from plait.serve.attention import VIEWS, Decoder, bound, is_size
 
 __all__ = ["CacheSpec", "Derived", "derive"]
 
 aten = torch.ops.aten
-_CHAIN = {
-    aten.unsqueeze.default, aten.expand.default, aten.reshape.default, aten.view.default, aten.clone.default,
-    aten.contiguous.default, aten.transpose.int, aten.permute.default, aten.to.dtype, aten.flatten.using_ints,
-    aten._to_copy.default, aten.repeat_interleave.self_int, aten.alias.default, aten.slice.Tensor, aten.unflatten.int,
-    aten.squeeze.dim, aten.repeat.default,
-}  # fmt: skip
-_SOFTMAX = {aten.softmax.int, aten._softmax.default}
-_PRODUCTS = {aten.matmul.default: 0, aten.bmm.default: 0, aten.baddbmm.default: 1}
-"""Operator -> where its two factors begin among the arguments."""
-_VIEWS = {aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.expand.default}
-_BETWEEN = {
-    aten.softmax.int, aten._softmax.default, aten.dropout.default, aten.to.dtype, aten._to_copy.default,
-    aten.clone.default, aten.contiguous.default, aten.alias.default, aten.detach.default,
-}  # fmt: skip
-_MIXING = (
-    "cumsum", "cumprod", "cummax", "logcumsumexp", "conv1d", "conv2d", "convolution", "lstm", "gru", "rnn", "flip",
-    "roll", "mean.dim", "sum.dim_IntList", "amax", "max.dim", "var", "fft", "unfold", "scan", "while_loop", "cat",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -78,232 +60,46 @@ def derive(program: torch.export.ExportedProgram, capacity: int) -> Derived:
         ServeError: the graph is not a decoder's, as far as this can tell; with the operator and the user's line.
     """
     module: Any = program.module(check_guards=False)
-    return _Derivation(module, capacity).derived()
+    source = Decoder(module)
+    source.analyse()
+    order = [n for n in source.nodes if n in source.points]
+    caches = [_spec(source, node, f"cache_{i}", capacity) for i, node in enumerate(order)]
+    return Derived(_prefill(source, order, capacity), _Decode(source, order, caches, capacity).module(), caches)
 
 
-class _Derivation:
-    def __init__(self, module: fx.GraphModule, capacity: int) -> None:
-        self.module, self.capacity = module, capacity
-        self.graph: fx.Graph = module.graph
-        self.graph.eliminate_dead_code()
-        self.nodes = list(self.graph.nodes)
-        inputs = [n for n in self.nodes if n.op == "placeholder"]
-        if len(inputs) != 1 or inputs[0].meta["val"].dim() != 2:
-            raise ServeError(
-                f"decode: a decoder takes tokens [batch, length] alone, this one takes {len(inputs)} inputs"
-            )
-        self.tokens = inputs[0]
-        batch, length = self.tokens.meta["val"].shape
-        if not isinstance(length, torch.SymInt):
-            raise ServeError(
-                f"decode: torch.export fixed the model's length to {length}",
-                hint="its Python reads the length somewhere",
-            )
-        self.length = length.node.expr
-        self.batch = batch.node.expr if isinstance(batch, torch.SymInt) else None
-        self.parameters = {n for n in self.nodes if n.op == "get_attr" and self._is_parameter(n)}
-        self.data = self._data()
-        self.points: dict[fx.Node, int] = {}
-        """Cached node -> dim of the positions."""
-        self.reads: dict[fx.Node, list[int]] = {}
-        """Attention node -> which of its arguments are read from the cache."""
-        self.pairs: set[fx.Node] = set()
-        """Values with a dim of queries and a last one of keys."""
+def _spec(source: Decoder, node: fx.Node, name: str, capacity: int) -> CacheSpec:
+    value = node.meta["val"]
+    shape: list[int | str] = []
+    for i, size in enumerate(value.shape):
+        is_batch = isinstance(size, torch.SymInt) and size.node.expr == source.batch
+        if i != source.points[node] and isinstance(size, torch.SymInt) and not is_batch:
+            source.refuse(node, "a cached tensor has a size that depends on the inputs in another way")
+        shape.append(capacity if i == source.points[node] else "batch" if is_batch else int(size))
+    return CacheSpec(name, tuple(shape), source.points[node], value.dtype)
 
-    # -- what is what
 
-    def _is_parameter(self, node: fx.Node) -> bool:
-        value: Any = self.module
-        for part in str(node.target).split("."):
-            value = getattr(value, part)
-        return isinstance(value, nn.Parameter)
-
-    def _data(self) -> set[fx.Node]:
-        """Tensors that depend on the tokens, or on parameters at single positions: computed at length 1.
-
-        The rest of what has a length depends on positions alone.
-        """
-        found = {self.tokens}
-        for node in self.nodes:
-            if not isinstance(node.meta.get("val"), torch.Tensor | tuple | list) or node.op != "call_function":
-                continue
-            parents = node.all_input_nodes
-            from_data = any(p in found for p in parents)
-            # A table looked up at positions: the row of one position is enough. A slice of it is no lookup.
-            looked_up = any(p in self.parameters for p in parents) and any(len(self.dims(p)) == 1 for p in parents)
-            if from_data or looked_up:
-                found.add(node)
-        return found
-
-    def dims(self, node: fx.Node) -> list[int]:
-        """The dims of a node's tensor whose size is the length."""
-        value = node.meta.get("val")
-        if not isinstance(value, torch.Tensor):
-            return []
-        return [i for i, s in enumerate(value.shape) if isinstance(s, torch.SymInt) and s.node.expr == self.length]
-
-    # -- analysis
-
-    def analyse(self) -> None:
-        """Find attention, and refuse what mixes positions in another way."""
-        for node in self.nodes:
-            if node not in self.data or node.op != "call_function":
-                continue
-            if node.target is aten.scaled_dot_product_attention.default:
-                self._attention(node)
-            elif node.target in _PRODUCTS:
-                self._product(node)
-            elif any(p in self.pairs for p in node.all_input_nodes):
-                self._between(node)
-            elif len(self.dims(node)) > 1:
-                self._refuse(node, "it pairs positions with each other")
-            elif node.target in _SOFTMAX and self._over(node, int(node.args[1])):  # type: ignore[call-overload]
-                self._refuse(node, "a softmax over positions that is no attention")
-        if not self.points:
-            raise ServeError(
-                "decode: no attention was found in the graph, so there is nothing to cache"
-                + (f"; {self._mixing()}" if self._mixing() else ""),
-                hint="generate with the exported forward, which recomputes the prefix",
-            )
-
-    def _over(self, node: fx.Node, dim: int) -> bool:
-        value = node.meta["val"]
-        return dim % value.dim() in self.dims(node)
-
-    def _attention(self, node: fx.Node) -> None:
-        arguments = _bound(node)
-        key, value, mask = arguments["key"], arguments["value"], arguments["attn_mask"]
-        if not self.dims(key):
-            return  # attends to something else than positions
-        if mask is None and not arguments["is_causal"]:
-            self._refuse(node, "it attends to later positions (neither causal nor masked)")
-        if mask in self.data:
-            self._refuse(node, "its mask depends on the tokens")
-        self.reads[node] = [1, 2]
-        for argument in (key, value):
-            self._cache(argument)
-
-    def _product(self, node: fx.Node) -> None:
-        first = _PRODUCTS[node.target]  # type: ignore[index]
-        left, right = node.args[first], node.args[first + 1]
-        assert isinstance(left, fx.Node)
-        assert isinstance(right, fx.Node)
-        rank = node.meta["val"].dim()
-        if left in self.pairs:
-            if right not in self.data or self.dims(right) != [right.meta["val"].dim() - 2]:
-                self._refuse(node, "it multiplies attention scores with something else than values")
-            self._cache(right)
-            self.reads[node] = [first + 1]
-        elif len(self.dims(node)) == 2:
-            if self.dims(node) != [rank - 2, rank - 1] or right not in self.data:
-                self._refuse(node, "it pairs positions in an order that is not queries by keys")
-            self._cache(right)
-            self.reads[node] = [first + 1]
-            self.pairs.add(node)
-        elif self.dims(left) and self.dims(left)[-1] == left.meta["val"].dim() - 1:
-            self._refuse(node, "it sums over positions")
-
-    def _between(self, node: fx.Node) -> None:
-        rank = node.meta["val"].dim() if isinstance(node.meta["val"], torch.Tensor) else 0
-        is_fine = node.target in _BETWEEN | _VIEWS or torch.Tag.pointwise in getattr(node.target, "tags", ())
-        if node.target in _SOFTMAX:
-            is_fine = int(node.args[1]) % rank == rank - 1  # type: ignore[call-overload]
-        if not is_fine or self.dims(node)[-2:] != [rank - 2, rank - 1]:
-            self._refuse(node, "it changes attention scores in a way that mixes positions")
-        if any(
-            p in self.data and p not in self.pairs and rank - 1 in self._right(p, rank) for p in node.all_input_nodes
-        ):
-            self._refuse(node, "a mask that depends on the tokens")
-        self.pairs.add(node)
-
-    def _right(self, node: fx.Node, rank: int) -> list[int]:
-        """The length's dims of a node as those of a result of `rank` dims that it is broadcast to."""
-        value = node.meta.get("val")
-        return [i + rank - value.dim() for i in self.dims(node)] if isinstance(value, torch.Tensor) else []
-
-    def _cache(self, node: fx.Node) -> None:
-        best, at = node, node
-        while at.target in _CHAIN:
-            parents = [p for p in at.all_input_nodes if isinstance(p.meta.get("val"), torch.Tensor)]
-            if len(parents) != 1 or parents[0] not in self.data or len(self.dims(parents[0])) != 1:
-                break
-            if _is_cut(at, self.dims(parents[0])[0]):
-                break
-            at = parents[0]
-            if _size(at) < _size(best):
-                best = at
-        if len(self.dims(best)) != 1:
-            self._refuse(node, "its keys or values have no single dim of positions")
-        self.points[best] = self.dims(best)[0]
-
-    def _refuse(self, node: fx.Node, why: str) -> None:
-        raise ServeError(
-            f"decode: {node.target} cannot run position by position: {why}\n\n  {_line(node)}",
-            hint="generate with the exported forward, which recomputes the prefix",
-        )
-
-    def _mixing(self) -> str:
-        for node in self.nodes:
-            words = str(node.target).removeprefix("aten.")
-            if node in self.data and any(words.startswith(word) for word in _MIXING):
-                return f"{node.target} carries information between positions: {_line(node)}"
-        return ""
-
-    # -- the two programs
-
-    def derived(self) -> Derived:
-        self.analyse()
-        order = [n for n in self.nodes if n in self.points]
-        caches = []
-        for index, node in enumerate(order):
-            value = node.meta["val"]
-            shape: list[int | str] = []
-            for i, size in enumerate(value.shape):
-                is_batch = isinstance(size, torch.SymInt) and size.node.expr == self.batch
-                if i != self.points[node] and isinstance(size, torch.SymInt) and not is_batch:
-                    self._refuse(node, "a cached tensor has a size that depends on the inputs in another way")
-                shape.append(self.capacity if i == self.points[node] else "batch" if is_batch else int(size))
-            caches.append(CacheSpec(f"cache_{index}", tuple(shape), self.points[node], value.dtype))
-        decode = _Decode(self, order, caches).module()
-        return Derived(self._prefill(order), decode, caches)
-
-    def _prefill(self, order: list[fx.Node]) -> fx.GraphModule:
-        graph = fx.Graph()
-        made: dict[fx.Node, fx.Node] = {}
-        for node in self.nodes:
-            if node.op != "output":
-                made[node] = graph.node_copy(node, lambda n: made[n])
-        length = graph.call_function(aten.sym_size.int, (made[self.tokens], 1))
-        rest = graph.call_function(operator.sub, (self.capacity, length))
-        outputs = [_last(graph, made[self.logits])]
-        for node in order:
-            behind = node.meta["val"].dim() - 1 - self.points[node]
-            padding = [0, 0] * behind + [0, rest]
-            outputs.append(graph.call_function(aten.constant_pad_nd.default, (made[node], padding, 0)))
-        graph.output(tuple(outputs))
-        return _as_module(self.module, graph)
-
-    @property
-    def logits(self) -> fx.Node:
-        """The first output with a value for each position and token."""
-        leaves = self.graph.output_node().args[0]
-        for leaf in leaves if isinstance(leaves, tuple | list) else [leaves]:
-            value = leaf.meta.get("val") if isinstance(leaf, fx.Node) else None
-            if (
-                isinstance(value, torch.Tensor)
-                and value.dim() == 3
-                and value.is_floating_point()
-                and self.dims(leaf) == [1]
-            ):
-                return leaf
-        raise ServeError("decode: the model has no output [batch, length, vocabulary]")
+def _prefill(source: Decoder, order: list[fx.Node], capacity: int) -> fx.GraphModule:
+    graph = fx.Graph()
+    made: dict[fx.Node, fx.Node] = {}
+    for node in source.nodes:
+        if node.op != "output":
+            made[node] = graph.node_copy(node, lambda n: made[n])
+    length = graph.call_function(aten.sym_size.int, (made[source.tokens], 1))
+    rest = graph.call_function(operator.sub, (capacity, length))
+    outputs = [_last(graph, made[source.logits])]
+    for node in order:
+        behind = node.meta["val"].dim() - 1 - source.points[node]
+        padding: Any = [*([0, 0] * behind), 0, rest]
+        outputs.append(graph.call_function(aten.constant_pad_nd.default, (made[node], padding, 0)))
+    graph.output(tuple(outputs))
+    return _as_module(source.module, graph)
 
 
 class _Decode:
     """The graph at length 1, with what attention reads at full capacity."""
 
-    def __init__(self, source: _Derivation, order: list[fx.Node], caches: list[CacheSpec]) -> None:
-        self.source, self.graph = source, fx.Graph()
+    def __init__(self, source: Decoder, order: list[fx.Node], caches: list[CacheSpec], capacity: int) -> None:
+        self.source, self.graph, self.capacity = source, fx.Graph(), capacity
         self.one: dict[fx.Node, Any] = {}
         """Nodes at length 1."""
         self.all: dict[fx.Node, Any] = {}
@@ -335,7 +131,7 @@ class _Decode:
     def _is_earlier(self) -> Any:
         """[capacity] bool: positions up to this one."""
         if self.every is None:
-            self.every = self._call(aten.arange.default, self.source.capacity)
+            self.every = self._call(aten.arange.default, self.capacity)
         return self._call(aten.le.Tensor, self.every, self.position)
 
     def _at_one(self, node: fx.Node) -> Any:
@@ -347,14 +143,16 @@ class _Decode:
             made = self._attention(node)
         else:
             read = source.reads.get(node, [])
-            if node in source.pairs and node.target in _VIEWS:
+            if node in source.pairs and node.target in VIEWS:
                 return self._view_of_pairs(node)
-            new = [
-                fx.map_arg(a, self._at_all if i in read else lambda n, node=node: self._argument(n, node))
-                for i, a in enumerate(node.args)
-            ]
-            kwargs = fx.map_arg(dict(node.kwargs), lambda n: self._argument(n, node))
-            made = self.graph.create_node(node.op, node.target, tuple(new), kwargs, name=None)  # type: ignore[arg-type]
+
+            def at_one(n: fx.Node) -> Any:
+                return self._argument(n, node)
+
+            new: list[Any] = [fx.map_arg(a, self._at_all if i in read else at_one) for i, a in enumerate(node.args)]
+            kwargs: Any = fx.map_arg(dict(node.kwargs), at_one)
+            made = self.graph.create_node(node.op, node.target, tuple(new), kwargs)
+            made.meta.update({k: v for k, v in node.meta.items() if k != "val"})
         self.one[node] = made
         if node in source.points:
             self._update(node, made)
@@ -362,10 +160,11 @@ class _Decode:
 
     def _view_of_pairs(self, node: fx.Node) -> Any:
         """Attention scores in another shape: queries at one position, keys, the last dim, at all."""
-        scores, (*front, last) = node.args[0], node.args[1]  # type: ignore[misc]
-        new = fx.map_arg(front, lambda n: self._number(n, 1))
-        keys = fx.map_arg(last, lambda n: self._number(n, self.source.capacity))
-        self.one[node] = self._call(node.target, self._at_one(scores), [*new, keys])  # type: ignore[arg-type]
+        arguments: Any = node.args
+        scores, (*front, last) = arguments
+        new: Any = fx.map_arg(front, lambda n: self._number(n, 1))
+        keys = fx.map_arg(last, lambda n: self._number(n, self.capacity))
+        self.one[node] = self._call(node.target, self._at_one(scores), [*new, keys])
         return self.one[node]
 
     def _argument(self, node: fx.Node, user: fx.Node) -> Any:
@@ -373,7 +172,7 @@ class _Decode:
         source = self.source
         if node in source.data:
             return self._at_one(node)
-        if _is_size(node):
+        if is_size(node):
             return self._number(node, 1)
         dims = source.dims(node)
         if not dims:
@@ -381,9 +180,9 @@ class _Decode:
         whole = self._at_all(node)
         if user in source.pairs:
             rank = user.meta["val"].dim()
-            dims = [d for d, right in zip(dims, source._right(node, rank), strict=True) if right == rank - 2]
+            dims = [d for d, right in zip(dims, source.right(node, rank), strict=True) if right == rank - 2]
         elif len(dims) > 1:
-            source._refuse(user, "it takes a table of positions by positions")
+            source.refuse(user, "it takes a table of positions by positions")
         for dim in dims:
             whole = self._row(node, whole, dim)
         return whole
@@ -395,7 +194,7 @@ class _Decode:
                 node,
                 lambda n: (
                     self._number(n, 1)
-                    if _is_size(n)
+                    if is_size(n)
                     else self._at_one(n)
                     if n in self.source.data
                     else self._static_at_one(n)
@@ -416,7 +215,7 @@ class _Decode:
             return int(value)
         count = value.subs({source.batch: 1})
         if source.batch is None or count.free_symbols or value != count * source.batch:
-            source._refuse(node, f"a size of {expression}")
+            source.refuse(node, f"a size of {expression}")
         if self.batch is None:
             self.batch = self._call(aten.sym_size.int, self.tokens, 0)
         return self.batch if count == 1 else self._call(operator.mul, self.batch, int(count))
@@ -429,10 +228,10 @@ class _Decode:
         if node in source.points:
             self._at_one(node)
             return self.updated[node]
-        if _is_size(node):
-            return self._number(node, source.capacity)
+        if is_size(node):
+            return self._number(node, self.capacity)
         if node is source.tokens:
-            source._refuse(node, "something depends on all tokens at once")
+            source.refuse(node, "something depends on all tokens at once")
         self.all[node] = self.graph.node_copy(node, self._at_all)
         return self.all[node]
 
@@ -440,20 +239,20 @@ class _Decode:
         value = node.meta["val"]
         dim = self.source.points[node]
         if self.every is None:
-            self.every = self._call(aten.arange.default, self.source.capacity)
+            self.every = self._call(aten.arange.default, self.capacity)
         here = self._call(aten.eq.Tensor, self.every, self.position)
         shape = [1] * value.dim()
-        shape[dim] = self.source.capacity
+        shape[dim] = self.capacity
         mask = self._call(aten.reshape.default, here, shape)
         self.updated[node] = self._call(aten.where.self, mask, new, self.held[node])
 
     def _attention(self, node: fx.Node) -> Any:
-        source, arguments = self.source, _bound(node)
+        source, arguments = self.source, bound(node)
         query = self._at_one(arguments["query"])
         key, value = self._at_all(arguments["key"]), self._at_all(arguments["value"])
         mask = arguments["attn_mask"]
         if mask is None:
-            row = self._call(aten.reshape.default, self._is_earlier(), [1, source.capacity])
+            row = self._call(aten.reshape.default, self._is_earlier(), [1, self.capacity])
         else:
             row = self._at_all(mask)
             rank = mask.meta["val"].dim()
@@ -462,40 +261,6 @@ class _Decode:
         options = {"attn_mask": row, "dropout_p": 0.0, "is_causal": False}
         options |= {k: arguments[k] for k in ("scale", "enable_gqa") if k in arguments}
         return self._call(aten.scaled_dot_product_attention.default, query, key, value, **options)
-
-
-def _is_size(node: fx.Node) -> bool:
-    return isinstance(node.meta.get("val"), torch.SymInt)
-
-
-def _bound(node: fx.Node) -> dict[str, Any]:
-    """An operator's arguments by the names of its schema."""
-    found: dict[str, Any] = {}
-    for i, argument in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]
-        if i < len(node.args):
-            found[argument.name] = node.args[i]
-        else:
-            found[argument.name] = node.kwargs.get(argument.name, argument.default_value)
-    return found
-
-
-def _size(node: fx.Node) -> int:
-    """Elements of a tensor, its open sizes counted as 1."""
-    count = 1
-    for size in node.meta["val"].shape:
-        count *= 1 if isinstance(size, torch.SymInt) else int(size)
-    return count
-
-
-def _is_cut(node: fx.Node, dim: int) -> bool:
-    """Whether a slice takes only some of the positions."""
-    return node.target is aten.slice.Tensor and (node.args[1] if len(node.args) > 1 else 0) == dim
-
-
-def _line(node: fx.Node) -> str:
-    lines = [line.strip() for line in (node.stack_trace or "").splitlines()]
-    frames = [i for i, line in enumerate(lines) if line.startswith('File "') and "/torch/" not in line]
-    return " ".join(lines[frames[-1] : frames[-1] + 2]) if frames else f"at {node.name}"
 
 
 def _last(graph: fx.Graph, logits: Any) -> fx.Node:

@@ -98,6 +98,8 @@ def _call_of(module: nn.Module, inputs: Any) -> Callable[[torch.Tensor], torch.T
         outputs = call_model(module, torch.utils._pytree.tree_unflatten(own, spec))
         if isinstance(outputs, torch.Tensor):
             return outputs
+        if isinstance(outputs, dict) and "logits" in outputs:
+            return outputs["logits"]  # type: ignore[no-any-return]
         values = list(outputs.values()) if isinstance(outputs, dict) else list(outputs)
         wanted = [v for v in values if isinstance(v, torch.Tensor) and v.dim() == 3 and v.is_floating_point()]
         if not wanted:
@@ -112,13 +114,14 @@ def _program(module: nn.Module, call: Callable[[torch.Tensor], torch.Tensor], ca
     shapes = {"tokens": {0: Dim.AUTO(max=most), 1: Dim.AUTO(max=capacity)}}  # type: ignore[attr-defined]
     try:
         with torch.no_grad():
+            call(tokens)  # a table of positions that ends earlier shows itself here
             return torch.export.export(_Tokens(module, call).eval(), (tokens,), dynamic_shapes=shapes, strict=False)
     except ServeError:
         raise
     except Exception as problem:
         text = (str(problem).strip().splitlines() or [""])[0][:200]
         raise ServeError(
-            f"decode: the model cannot be captured at {capacity} positions: {text}\n\n  {user_line(problem)}",
+            f"decode: the model does not run, or cannot be captured, at {capacity} positions: {text}\n\n  {user_line(problem)}",
             hint="--max-length must be within the model's own positions",
         ) from None
 

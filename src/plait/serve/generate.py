@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from plait.serve.served import Served
     from plait.serve.subject import Entry
 
-__all__ = ["capacity_of", "generate", "greedy"]
+__all__ = ["capacity_of", "generate", "greedy", "logits_of"]
 
 
 def generate(
@@ -107,6 +107,12 @@ def capacity_of(decode: Entry) -> int:
     return decode.dims["capacity"][0]
 
 
+def logits_of(entry: Entry) -> list[int]:
+    """Places among a forward's outputs that may be logits [batch, length, vocabulary], the likeliest first."""
+    places = [i for i, s in enumerate(entry.outputs) if len(s.shape) == 3 and s.dtype.startswith(("float", "bfloat"))]
+    return sorted(places, key=lambda i: entry.outputs[i].name != "logits")
+
+
 def _empty(decode: Entry, batch: int) -> list[Any]:
     import torch
 
@@ -123,9 +129,7 @@ def _by_forward(served: Served, tokens: torch.Tensor, count: int, stop: int | No
 
     entry = served.manifest.entries["forward"]
     fits = len(entry.inputs) == 1 and entry.inputs[0].dtype.startswith("int") and len(entry.inputs[0].shape) == 2
-    logits_at = [
-        i for i, s in enumerate(entry.outputs) if len(s.shape) == 3 and s.dtype.startswith(("float", "bfloat"))
-    ]
+    logits_at = logits_of(entry)
     if not fits or not logits_at or "length" not in entry.dims:
         raise ServeError(
             f"{served.folder}: it cannot generate: forward takes {', '.join(s.name for s in entry.inputs)} with shape "

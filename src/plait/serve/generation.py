@@ -12,10 +12,12 @@ from typing import Any
 
 from plait.serve.backend import Artefact, Backend, Runner
 from plait.serve.baseline import eager
-from plait.serve.generate import capacity_of, greedy
+from plait.serve.generate import capacity_of, greedy, logits_of
 from plait.serve.subject import Subject
 
 __all__ = ["generation"]
+
+_Logits = Callable[[Any], Any]
 
 TOKENS = 64
 _ROUNDS = 3
@@ -49,7 +51,12 @@ def generation(
     prompt = subject.inputs(entries["prefill"].samples[0], "prefill")[0][:1]
     count = min(TOKENS, room + 1 - prompt.shape[1])
     forward, module, which = eager(subject)
-    own = _own_generate(module, forward)
+    place, dtype = logits_of(subject.entries["forward"])[0], subject.entries["forward"].inputs[0].dtype
+
+    def logits(tokens: torch.Tensor) -> torch.Tensor:
+        return forward([tokens.to(getattr(torch, dtype))])[place]
+
+    own = _own_generate(module, logits)
     limits = facts.get("serves")
 
     def ours(new: int) -> torch.Tensor:
@@ -62,14 +69,14 @@ def generation(
         "threads": threads,
         "baseline": f"{which}, {'its own cache' if hasattr(module, 'generate') else 'prefix recomputed'}",
         "equal": bool(torch.equal(got, expected)),
-        **_parted(got, expected, prompt.shape[1], forward),
+        **_parted(got, expected, prompt.shape[1], logits),
     }
     if timed:
         found["backend"], found["eager"] = _rates({"ours": ours, "own": lambda new: own(prompt, new)}, prompt, count)
     return found
 
 
-def _own_generate(module: Any, forward: Runner) -> Callable[[Any, int], Any]:
+def _own_generate(module: Any, logits: _Logits) -> Callable[[Any, int], Any]:
     import torch
 
     if hasattr(module, "generate") and hasattr(module, "generation_config"):
@@ -85,22 +92,18 @@ def _own_generate(module: Any, forward: Runner) -> Callable[[Any, int], Any]:
     def by_prefix(prompt: torch.Tensor, count: int) -> torch.Tensor:
         tokens = prompt
         for _ in range(count):
-            tokens = torch.cat([tokens, _logits(forward, tokens)[:, -1:].argmax(-1)], 1)
+            tokens = torch.cat([tokens, logits(tokens)[:, -1:].argmax(-1)], 1)
         return tokens
 
     return by_prefix
 
 
-def _logits(forward: Runner, tokens: Any) -> Any:
-    return next(t for t in forward([tokens]) if t.dim() == 3 and t.is_floating_point())
-
-
-def _parted(got: Any, expected: Any, start: int, forward: Runner) -> dict[str, Any]:
+def _parted(got: Any, expected: Any, start: int, logits: _Logits) -> dict[str, Any]:
     other = (got != expected).nonzero()
     if not len(other):
         return {"first_difference": None, "margin": None}
     place = int(other[:, 1].min())
-    row = _logits(forward, expected[:, :place])[0, -1]
+    row = logits(expected[:, :place])[0, -1]
     return {"first_difference": place - start, "margin": float(row.max() - row[got[0, place]])}
 
 

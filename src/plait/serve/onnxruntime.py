@@ -36,7 +36,13 @@ class OnnxRuntime(Backend):
 
     def knobs(self) -> Mapping[str, Sequence[Any]]:
         """What changes latency and never results."""
-        return {"spinning": (True, False), "execution": ("sequential", "parallel"), "optimisation": ("all", "extended")}
+        return {
+            "spinning": (True, False),
+            "execution": ("sequential", "parallel"),
+            "optimisation": ("all", "extended"),
+            "arena": (True, False),
+            "inter_op": (1, 2),
+        }
 
     def export(self, subject: Subject, folder: Path, precision: str) -> Mapping[str, Any]:
         """One file for each entry point, checked by onnx; quantised afterwards."""
@@ -69,6 +75,8 @@ class OnnxRuntime(Backend):
         options.add_session_config_entry("session.intra_op.allow_spinning", "1" if knobs.get("spinning", True) else "0")
         if knobs.get("execution") == "parallel":
             options.execution_mode = onnxruntime.ExecutionMode.ORT_PARALLEL
+            options.inter_op_num_threads = int(knobs.get("inter_op", 1))
+        options.enable_cpu_mem_arena = bool(knobs.get("arena", True))
         if knobs.get("optimisation") == "extended":
             options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
         session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])

@@ -1,0 +1,100 @@
+"""One configuration under trial: a live process that times calls when it is its turn."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import subprocess
+import sys
+import tempfile
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from plait.serve.tune_record import Configuration
+
+__all__ = ["Trial"]
+
+
+class Trial:
+    """A process that starts when this is made; `error` says why it could not load, or what it died of."""
+
+    def __init__(self, configuration: Configuration, *, limit: float) -> None:
+        self.configuration = configuration
+        self.seconds: list[float] = []
+        self.error = ""
+        self._limit = limit
+        self._folder = tempfile.TemporaryDirectory(prefix="plait-tune-")
+        path = Path(self._folder.name) / "configuration.json"
+        path.write_text(json.dumps(asdict(configuration)), encoding="utf-8")
+        environment = {k: v for k, v in os.environ.items() if not k.startswith(("OMP_", "GOMP_", "KMP_"))}
+        environment |= configuration.environment()
+        import plait
+
+        root = str(Path(plait.__file__).resolve().parents[1])
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, (root, environment.get("PYTHONPATH", ""))))
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "plait.serve.tune_worker", configuration.artefact, str(path)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env=environment,
+            start_new_session=True,
+        )
+
+    def is_ready(self) -> bool:
+        """Wait until it has loaded the artefact; False where it could not, with `error`."""
+        answer = self._answer()
+        if answer is not None and "error" in answer:
+            self.error = str(answer["error"])
+        return not self.error
+
+    @property
+    def cost(self) -> float:
+        """Median seconds a sample; infinite without a measurement."""
+        if not self.seconds or self.error:
+            return float("inf")
+        ordered = sorted(self.seconds)
+        return ordered[len(ordered) // 2] / self.configuration.batch
+
+    def measure(self, calls: int) -> None:
+        """Time some calls; the process is idle otherwise."""
+        if self.error:
+            return
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(json.dumps({"calls": calls}).encode() + b"\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            self.error = f"the process ended with {self._process.wait()}"
+            return
+        answer = self._answer()
+        if answer is not None:
+            self.seconds += [float(s) for s in answer["seconds"]]
+
+    def _answer(self) -> dict[str, Any] | None:
+        assert self._process.stdout is not None
+        ready, _, _ = select.select([self._process.stdout], [], [], self._limit)
+        line = self._process.stdout.readline() if ready else b""
+        if not line:
+            self.error = (
+                f"no answer in {self._limit:.0f} s" if not ready else f"the process ended with {self._process.wait()}"
+            )
+            return None
+        return dict(json.loads(line))
+
+    def close(self) -> None:
+        """End the process."""
+        for stream in (self._process.stdin, self._process.stdout):
+            if stream is not None:
+                with suppress(OSError):
+                    stream.close()
+        self._process.terminate()
+        try:
+            self._process.wait(5)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._folder.cleanup()

@@ -1,0 +1,198 @@
+"""tune.json: every trial with its measurements, the machine, and the configuration that they make the best."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+from plait.errors import ServeError
+
+__all__ = ["Configuration", "Record", "machine"]
+
+_FORMAT = "plait tuning 1"
+_WAITS = ("", "PASSIVE", "ACTIVE")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Configuration:
+    """Everything that a tuned artefact is run with."""
+
+    artefact: str
+    """Its folder."""
+    threads: int
+    cpus: tuple[int, ...]
+    """Cores that the process may use; empty: all."""
+    batch: int
+    wait: str
+    """OMP_WAIT_POLICY: whether idle threads spin (ACTIVE) or sleep (PASSIVE); empty: as OpenMP has it."""
+    knobs: Mapping[str, Any] = field(default_factory=dict)
+    """The runtime's own settings; what is left out has its default."""
+
+    def __hash__(self) -> int:
+        return hash(
+            (self.artefact, self.threads, self.cpus, self.batch, self.wait, json.dumps(self.knobs, sort_keys=True))
+        )
+
+    def environment(self) -> dict[str, str]:
+        """Variables that have to be there before the process starts."""
+        found = {"OMP_NUM_THREADS": str(self.threads)}
+        if self.wait:
+            found["OMP_WAIT_POLICY"] = self.wait
+        if self.cpus:
+            found["GOMP_CPU_AFFINITY"] = " ".join(map(str, self.cpus))
+        return found
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """What `asdict` gave, checked.
+
+        Raises:
+            ValueError, TypeError, KeyError: it is malformed.
+        """
+        if set(data) != {"artefact", "threads", "cpus", "batch", "wait", "knobs"}:
+            raise ValueError(f"a configuration has {sorted(data)}")
+        threads, batch, cpus, wait, knobs = data["threads"], data["batch"], data["cpus"], data["wait"], data["knobs"]
+        whole = [threads, batch, *cpus]
+        if (
+            not all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in whole)
+            or threads < 1
+            or batch < 1
+        ):
+            raise ValueError(f"threads {threads}, batch {batch} and cpus {cpus} must be whole numbers")
+        if wait not in _WAITS or not isinstance(knobs, dict) or not isinstance(data["artefact"], str):
+            raise ValueError("wait, knobs or artefact")
+        if not all(isinstance(v, str | int | float | bool) for v in knobs.values()):
+            raise ValueError("a knob's value is no text, number or truth value")
+        return cls(
+            artefact=data["artefact"], threads=threads, cpus=tuple(cpus), batch=batch, wait=wait, knobs=dict(knobs)
+        )
+
+
+@dataclass(frozen=True)
+class Record:
+    """A finished search."""
+
+    goal: str
+    seed: int
+    seconds: float
+    machine: Mapping[str, Any]
+    identities: Mapping[str, str]
+    """Artefact -> its runtime, precision and the SHA-256 of its weights."""
+    trials: Sequence[Mapping[str, Any]]
+    """Each with configuration, calls, p50, p90 and p10 in milliseconds a call, p50 a sample, its rounds, and an error or ''."""
+    best: Configuration
+
+    @classmethod
+    def of(
+        cls,
+        raw: Sequence[Mapping[str, Any]],
+        *,
+        machine: Mapping[str, Any],
+        goal: str,
+        seed: int,
+        seconds: float,
+        identities: Mapping[str, str],
+    ) -> Self:
+        """From a search's trials; the best is decided by their measurements alone."""
+        trials = [_summed(trial) for trial in raw]
+        return cls(goal, seed, seconds, dict(machine), dict(identities), trials, _best(trials))
+
+    @property
+    def fastest(self) -> Mapping[str, Any]:
+        """The best configuration's trial."""
+        return next(t for t in self.trials if Configuration.from_dict(t["configuration"]) == self.best)
+
+    @property
+    def default(self) -> Mapping[str, Any]:
+        """The trial of the default settings."""
+        return self.trials[0]
+
+    def write(self, path: Path) -> None:
+        """As JSON, whole or not at all."""
+        data = {"format": _FORMAT, **asdict(self)}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            aside.write_text(json.dumps(data, indent=1), encoding="utf-8")
+            aside.replace(path)
+        finally:
+            aside.unlink(missing_ok=True)
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """The record in a file.
+
+        Raises:
+            ServeError: there is none, it is malformed, or its best is not what its measurements say.
+        """
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+            if data.pop("format") != _FORMAT:
+                raise ValueError(f"not of the format {_FORMAT!r}")
+            best = Configuration.from_dict(data.pop("best"))
+            trials = [_summed(trial) for trial in data.pop("trials")]
+            found = cls(**data, trials=trials, best=best)
+            decided = _best(trials)
+        except FileNotFoundError:
+            raise ServeError(f"tune record {path}: no such file", hint="`--tune` writes one: tune.json") from None
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as problem:
+            raise ServeError(f"tune record {path}: it is malformed: {problem}") from None
+        if decided != best:
+            raise ServeError(f"tune record {path}: its best is not the one that its measurements say; it was changed")
+        return found
+
+
+def _summed(trial: Mapping[str, Any]) -> dict[str, Any]:
+    """A trial with its figures; those of the last round, in which it met the others that were left."""
+    configuration = Configuration.from_dict(trial["configuration"])
+    rounds = [{"round": int(r["round"]), "seconds": [float(s) for s in r["seconds"]]} for r in trial["rounds"]]
+    error = str(trial["error"])
+    found: dict[str, Any] = {"configuration": asdict(configuration), "calls": sum(len(r["seconds"]) for r in rounds)}
+    if rounds:
+        last: Any = rounds[-1]
+        ordered = sorted(last["seconds"])
+        p50 = ordered[len(ordered) // 2]
+        found |= {
+            "p10_ms": 1e3 * ordered[len(ordered) // 10],
+            "p50_ms": 1e3 * p50,
+            "p90_ms": 1e3 * ordered[(9 * len(ordered)) // 10],
+            "sample_ms": 1e3 * p50 / configuration.batch,
+            "last_round": last["round"],
+        }
+    return {**found, "error": error, "rounds": rounds}
+
+
+def _best(trials: Sequence[Mapping[str, Any]]) -> Configuration:
+    """The fastest a sample among those measured in the last round: only what was measured together is compared."""
+    measured = [t for t in trials if t["calls"]]
+    last = max(t["last_round"] for t in measured)
+    longest = max(len(t["rounds"][-1]["seconds"]) for t in measured if t["last_round"] == last)
+    left = [t for t in measured if t["last_round"] == last and len(t["rounds"][-1]["seconds"]) >= longest]
+    return Configuration.from_dict(
+        min(left, key=lambda t: (t["sample_ms"], json.dumps(t["configuration"])))["configuration"]
+    )
+
+
+def machine() -> dict[str, Any]:
+    """What a measurement depends on: processor, cores, system, versions."""
+    from importlib.metadata import version
+
+    model = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        model = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        pass
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {
+        "processor": model,
+        "cores": cores,
+        "system": platform.platform(),
+        "torch": version("torch"),
+        "python": platform.python_version(),
+    }
