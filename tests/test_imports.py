@@ -22,7 +22,7 @@ STEPS = [
     {"cost"},
     {"plan"},
     {"run"},
-    {"advice", "serve", "jobs"},
+    {"advice", "serve", "jobs", "incoming"},
     {"report"},
     {"auto"},
     {"cli"},

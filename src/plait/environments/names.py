@@ -66,7 +66,8 @@ _ALL = (
         purpose="SavedModel, .keras and .h5 files to ONNX",
         modules=("tensorflow", "tf2onnx"),
         pythons=((3, 10), (3, 13)),
-        variables=(("TF_CPP_MIN_LOG_LEVEL", "3"), ("CUDA_VISIBLE_DEVICES", "-1")),
+        # Keras' backend is set for this process's sake, if at all.
+        variables=(("TF_CPP_MIN_LOG_LEVEL", "3"), ("CUDA_VISIBLE_DEVICES", "-1"), ("KERAS_BACKEND", "tensorflow")),
     ),
     Environment(
         name="mxnet",
