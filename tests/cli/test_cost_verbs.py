@@ -94,7 +94,7 @@ def test_hardware_lists_and_shows(capsys):
     assert part["accelerator"]["device"]["name"] == "NVIDIA H100 SXM5"
     assert part["offers"]
     assert printed(capsys, "hardware", "show", "16xZionEX")["cluster"]["links"]
-    assert printed(capsys, "hardware", "refresh")["offers"] > 900
+    assert printed(capsys, "hardware", "refresh", "--ages")["offers"] > 900
 
 
 @pytest.mark.parametrize(

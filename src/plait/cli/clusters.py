@@ -35,4 +35,6 @@ def cluster_of(text: str) -> Cluster:
         if load_probe() is None:
             print("this computer is measured once, about a minute", file=sys.stderr, flush=True)
             save_probe(probe_machine(say=lambda line: print(f"  {line}", file=sys.stderr, flush=True)))
-    return Cluster.load(text)
+    from plait.hardware.clusters import with_price_notes
+
+    return with_price_notes(Cluster.load(text))

@@ -184,12 +184,18 @@ def refresh(
     offers: Annotated[
         Path | None, typer.Option("--offers", metavar="CSV", help="A newer table of offers.", show_default=False)
     ] = None,
+    only_ages: Annotated[bool, typer.Option("--ages", help="Only say how old the present prices are.")] = False,
     json: Json = False,
 ) -> int:
-    """Check newer tables and use them from now on; without a table, say how old the present ones are."""
+    """Fetch today's prices (through gpuhunt), or take tables, check them, and use them from now on."""
     from plait.hardware.refresh import ages, install
+    from plait.hardware.refresh import refresh as fetch_prices
 
-    if accelerators is not None or offers is not None:
-        install(accelerators=accelerators, offers=offers)
-    show(ages(), json, _yaml_text)
+    result: dict[str, Any] = {}
+    with only_result_on_stdout(json):
+        if accelerators is not None or offers is not None:
+            install(accelerators=accelerators, offers=offers)
+        elif not only_ages:
+            result = fetch_prices()
+    show({**result, **ages()}, json, _yaml_text)
     return 0

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from plait.errors import HardwareError
-from plait.hardware.tables import choice, number, rows, table_path
+from plait.hardware.tables import choice, number, rows, usable
 from plait.schema.cluster import Device
 from plait.schema.records import Record
 from plait.units import GB, GIB, TERA
@@ -108,7 +108,10 @@ def load_accelerators(path: Path | None = None) -> dict[str, Accelerator]:
     Raises:
         HardwareError: the table is unreadable, a name or alias is used twice, or a figure is absurd.
     """
-    path = path or table_path("accelerators.csv")
+    return usable("accelerators.csv", _read) if path is None else _read(path)
+
+
+def _read(path: Path) -> dict[str, Accelerator]:
     found: dict[str, Accelerator] = {}
     owners: dict[str, str] = {}
     for where, cells in rows(path, _COLUMNS):

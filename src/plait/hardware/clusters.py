@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import datetime
 import functools
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from plait.errors import HardwareError
 from plait.hardware.catalogue import Accelerator, find
-from plait.hardware.offers import cheapest
+from plait.hardware.offers import age_warning, cheapest
 from plait.hardware.tables import DATA, number, rows
 from plait.schema.cluster import Cluster, Group, Link
 from plait.units import GB
 
-__all__ = ["load_cluster", "named_cluster", "network_of"]
+__all__ = ["load_cluster", "named_cluster", "network_of", "with_price_notes"]
 
 _NAME = re.compile(r"^(\d+)\s*x\s*(.+)$", re.IGNORECASE)
 _USUAL_NODE = 8
@@ -281,6 +282,18 @@ def _joined(name: str, clusters: list[Cluster]) -> Cluster:
     )
 
 
+def with_price_notes(cluster: Cluster) -> Cluster:
+    """The cluster with a note for each price that is older than 90 days or has no date, for an answer with money in it."""
+    warnings = [
+        f"{group.device.name}: {warning}"
+        for group in cluster.groups
+        if group.usd_per_hour
+        and group.price_as_of
+        and (warning := age_warning(group.price_as_of, group.price_source or "the cloud"))
+    ]
+    return replace(cluster, notes=tuple(dict.fromkeys((*cluster.notes, *warnings))))
+
+
 def load_cluster(text: str) -> Cluster:
     """A cluster from a YAML file's path or a name.
 
@@ -330,6 +343,8 @@ def _long_form(data: dict[str, Any]) -> dict[str, Any]:
     """The mapping with short groups (`part`) and links (`bandwidth_gbs`, `latency_us`) written out."""
     groups = []
     for group in data.get("groups") or ():
+        if isinstance(group, dict) and isinstance(group.get("price_as_of"), datetime.date):
+            group["price_as_of"] = group["price_as_of"].isoformat()  # what YAML makes of 2026-11-24 without quotes
         if isinstance(group, dict) and "part" in group:
             rest = {key: value for key, value in group.items() if key != "part"}
             part = find(str(group["part"]))

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import csv
 import os
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from plait.errors import HardwareError
 
-__all__ = ["DATA", "choice", "number", "own_folder", "rows", "table_path"]
+__all__ = ["DATA", "choice", "number", "own_folder", "rows", "table_path", "usable"]
+
+_T = TypeVar("_T")
 
 DATA = Path(__file__).parent / "data"
 
@@ -24,6 +28,22 @@ def table_path(name: str) -> Path:
     """The table called `name`: the refreshed one where there is one, else the shipped one."""
     own = own_folder() / name
     return own if own.is_file() else DATA / name
+
+
+def usable(name: str, read: Callable[[Path], _T]) -> _T:
+    """What `read` makes of the table called `name`; of the shipped one where the refreshed one is broken, which is said.
+
+    Raises:
+        HardwareError: the shipped one is broken.
+    """
+    path = table_path(name)
+    try:
+        return read(path)
+    except HardwareError as problem:
+        if path == DATA / name:
+            raise
+        sys.stderr.write(f"{problem.message}: it is left aside, the shipped table is used (delete or refresh it)\n")
+        return read(DATA / name)
 
 
 def rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, dict[str, str]]]:
