@@ -1,44 +1,101 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
+import yaml
 
 from plait.errors import HardwareError
 from plait.hardware.local import cluster_of
 from plait.hardware.probe import Measured, Probe, _figure, load_probe, save_probe
+from plait.hardware.together import WORK
 from plait.schema import Cluster
 
 
-def figure(name, value, unit="FLOP/s"):
+def figure(name, value, unit="s"):
     return Measured(name=name, value=value, unit=unit, spread=0.1, repeats=5)
+
+
+def kernels(count, rate):
+    """Every kernel at `rate` FLOP/s, ten bytes taking as long as a FLOP."""
+    seconds = {name: flops / rate + nbytes * 10 / rate for name, (flops, nbytes) in WORK.items() if name != "kernel"}
+    return tuple(figure(f"{name}/processes={count}", value) for name, value in {**seconds, "kernel": 5e-5}.items())
+
+
+def collectives(count, ranks):
+    return tuple(
+        figure(f"{kind}{part}/processes={count}/ranks={ranks}/{size}", seconds)
+        for kind in ("all_reduce", "all_gather", "reduce_scatter", "send")
+        for size, whole, core in ((4096, 1e-3, 2e-4), (1 << 20, 5e-3, 2e-3))
+        for part, seconds in (("", whole), ("_core", core))
+    )
 
 
 PROBE = Probe(
     host="here", processor="test", cores=2, memory_bytes=8e9, backend="gloo", torch_version="2", date="2026-01-01",
     seconds=1.0,
     figures=(
-        figure("matmul/fp32/512/threads=1", 5e10), figure("matmul/fp32/1024/threads=1", 6e10),
-        figure("matmul/fp32/1024/threads=2", 1e11), figure("matmul/bf16/512/threads=1", 2e11),
-        figure("copy/threads=1", 1e10, "B/s"), figure("copy/threads=2", 1.5e10, "B/s"),
-        figure("add/threads=1", 2e10, "B/s"), figure("add/threads=2", 3e10, "B/s"),
-        figure("operator/threads=1", 1e-6, "s"), figure("operator/threads=2", 2e-6, "s"),
-        figure("all_reduce/ranks=2/1024", 1e-4, "s"), figure("all_reduce/ranks=2/8388608", 1e-2, "s"),
+        figure("matmul/fp32/512/threads=1", 5e10), figure("matmul/bf16/512/threads=1", 2e11),
+        *kernels(1, 1e11), *kernels(2, 5.5e10), *collectives(2, 2), *kernels(4, 5e10), *collectives(4, 4),
+        *collectives(4, 2),
     ),
 )  # fmt: skip
 
 
 def test_processes_share_the_cores():
-    """Four processes on two cores are together no faster than the two."""
+    """Four processes on two cores run at what a core gave four of them."""
     found = cluster_of(PROBE, 4)
 
     assert found.devices == 4
     assert found.shared_cores == 2
     assert found.groups[0].device.peak("fp32") == pytest.approx(5e10)
+    assert found.groups[0].device.peak("bf16") == pytest.approx(2e11)
     assert found.groups[0].device.memory_bytes == 2e9
+
+
+def test_a_collective_costs_a_core_and_a_wait():
+    """Of five milliseconds, four processes on two cores need two milliseconds of a core each: four together, one to wait."""
+    timings = cluster_of(PROBE, 4).links[0].timings
+    large = next(t for t in timings if (t.collective, t.ranks, t.nbytes) == ("all_reduce", 4, 1 << 20))
+
+    assert large.core == 2e-3
+    assert large.wait == pytest.approx(1e-3)
+
+
+def test_matmul_and_its_traffic_are_told_apart():
+    """Two matmuls of different shape give a rate and a bandwidth."""
+    device = cluster_of(PROBE, 2).groups[0].device
+
+    assert device.peak("fp32") == pytest.approx(5.5e10)
+    assert device.need("memory_bandwidth") / device.efficiency["traffic"] == pytest.approx(5.5e9)
+
+
+@pytest.mark.parametrize(("devices", "measured"), [(3, 4), (8, 4), (2, 2)])
+def test_the_nearest_measurement_serves(devices, measured):
+    """Where that many processes were not measured, the cluster says which were; crowded ones serve crowded ones."""
+    found = cluster_of(PROBE, devices)
+
+    assert found.groups[0].device.source.endswith(f"{measured} processes at once")
+    assert bool([note for note in found.notes if "measured with" in note]) == (devices != measured)
 
 
 def test_one_process_has_all_threads():
     """Alone, a process uses every core."""
     assert cluster_of(PROBE, 1).groups[0].device.peak("fp32") == pytest.approx(1e11)
+
+
+def test_a_measured_cluster_is_a_file(tmp_path):
+    """What the probe gave is written and read back equal, collectives included."""
+    path = tmp_path / "cluster.yaml"
+    path.write_text(yaml.safe_dump(cluster_of(PROBE, 4).to_dict()), encoding="utf-8")
+
+    assert Cluster.load(str(path)) == cluster_of(PROBE, 4)
+
+
+def test_a_collective_that_was_not_measured_is_refused():
+    """A probe without collectives makes no cluster of several processes."""
+    with pytest.raises(HardwareError, match=r"no figure all_reduce|measured no collectives"):
+        cluster_of(replace(PROBE, figures=(*PROBE.figures[:2], *kernels(2, 5e10))), 2)
 
 
 def test_a_cluster_needs_a_probe(tmp_path, monkeypatch):
@@ -51,12 +108,12 @@ def test_a_cluster_needs_a_probe(tmp_path, monkeypatch):
 def test_a_kept_probe_is_found(tmp_path, monkeypatch):
     """The probe is kept and read back equal; one of another number of cores is not this computer's."""
     monkeypatch.setenv("PLAIT_CACHE", str(tmp_path))
-    monkeypatch.setattr("plait.hardware.probe._cores", lambda: 2)
+    monkeypatch.setattr("plait.hardware.probe.usable_cores", lambda: 2)
     save_probe(PROBE)
 
     assert load_probe() == PROBE
     assert Cluster.local(devices=2).devices == 2
-    monkeypatch.setattr("plait.hardware.probe._cores", lambda: 3)
+    monkeypatch.setattr("plait.hardware.probe.usable_cores", lambda: 3)
     assert load_probe() is None
 
 

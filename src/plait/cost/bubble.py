@@ -34,6 +34,9 @@ class StageTimes:
     """Whole backward, recomputation included."""
     weight: float = 0.0
     """The part of `backward` that only makes weight gradients and may wait (zero-bubble)."""
+    forward_wait: float = 0.0
+    """The part of `forward` in which a process leaves its core to others; counts where cores are shared (`cores`)."""
+    backward_wait: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,9 @@
 A group of ranks is described by how many of its members lie within each level. Between nodes every member
 has its own adapter, so a group with `l` members in a node leaves it at `l` times a device's bandwidth.
 
+A link that was measured (`Link.timings`: collectives between processes of one computer) is read from these instead: seconds
+of a core, which others than the message itself miss, and the wait beside them (`cores.interpolate`).
+
 Known error: links are taken as shared by nobody else and rings as laid out well; published NCCL runs reach
 70-95 % of these figures (the links' fitted `efficiency`), with spread of 10 % between runs.
 """
@@ -13,9 +16,21 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from plait.cost.cores import interpolate
 from plait.schema.cluster import Cluster, Link
+from plait.schema.timing import Timing
 
-__all__ = ["Hop", "all_gather", "all_reduce", "all_to_all", "hops", "send"]
+__all__ = [
+    "Hop",
+    "all_gather",
+    "all_reduce",
+    "all_to_all",
+    "core_seconds",
+    "hops",
+    "reduce_scatter",
+    "send",
+    "send_core",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +43,7 @@ class Hop:
     """Bytes per second for each device, one direction, as reached."""
     latency: float
     """Seconds for an empty message."""
+    timings: tuple[Timing, ...] = ()
 
 
 def hops(cluster: Cluster, *, size: int, stride: int, efficiency: dict[str, float] | None = None,
@@ -53,7 +69,23 @@ def _hop(link: Link, members: int, efficiency: dict[str, float] | None, latency:
         members,
         link.bandwidth * (efficiency or {}).get(link.level, 1.0),
         link.latency * (latency or {}).get(link.level, 1.0),
+        link.timings,
     )
+
+
+def _measured(collective: str, total: float, group: Sequence[Hop], messages: float) -> tuple[float, float] | None:
+    """(seconds of a core, further wait) of `total` bytes in `messages` parts; None where the link was not measured."""
+    if not group[-1].timings:
+        return None
+    parts = max(1.0, messages)
+    core, wait = interpolate(group[-1].timings, collective, group[-1].members, total / parts)
+    return parts * core, parts * wait
+
+
+def core_seconds(collective: str, total: float, group: Sequence[Hop], messages: float = 1) -> float:
+    """The part of a collective's seconds in which it keeps a core of its process busy; 0 where that was not measured."""
+    found = _measured(collective, total, group, messages) if group and total > 0 else None
+    return found[0] if found else 0.0
 
 
 def _bandwidth(group: Sequence[Hop]) -> float:
@@ -86,14 +118,27 @@ def _tree_latency(group: Sequence[Hop]) -> float:
 
 
 def all_gather(total: float, group: Sequence[Hop], messages: float = 1) -> float:
-    """Seconds until every rank holds all shards of `total` bytes in `messages` parts; a reduce-scatter takes as long.
+    """Seconds until every rank holds all shards of `total` bytes in `messages` parts.
 
     Source: Thakur, Rabenseifner and Gropp (2005), ring; hierarchical latency as in NCCL (one round in each level).
     """
     if not group or total <= 0:
         return 0.0
+    if found := _measured("all_gather", total, group, messages):
+        return sum(found)
     ranks = group[-1].members
     return (ranks - 1) / ranks * total / _bandwidth(group) + messages * _ring_latency(group)
+
+
+def reduce_scatter(total: float, group: Sequence[Hop], messages: float = 1) -> float:
+    """Seconds until every rank holds its shard of the sum of `total` bytes: as long as the all-gather, unless measured.
+
+    gloo has none of its own and reduces everything everywhere; that is in its measurements.
+    """
+    if not group or total <= 0:
+        return 0.0
+    found = _measured("reduce_scatter", total, group, messages)
+    return sum(found) if found else all_gather(total, group, messages)
 
 
 def all_reduce(total: float, group: Sequence[Hop], messages: float = 1) -> float:
@@ -103,6 +148,8 @@ def all_reduce(total: float, group: Sequence[Hop], messages: float = 1) -> float
     """
     if not group or total <= 0:
         return 0.0
+    if found := _measured("all_reduce", total, group, messages):
+        return sum(found)
     ring = 2 * all_gather(total, group, messages)
     tree = 2 * total / _bandwidth(group) + 2 * messages * _tree_latency(group)
     return min(ring, tree)
@@ -131,5 +178,13 @@ def send(nbytes: float, cluster: Cluster, *, stride: int, count: int, efficiency
         return 0.0
     reach = stride * count
     link = next((link for link in cluster.links if link.size >= reach), cluster.links[-1])
+    if link.timings:
+        return interpolate(link.timings, "send", 2, nbytes)[1]
     hop = _hop(link, 2, efficiency, latency)
     return nbytes / hop.bandwidth + hop.latency
+
+
+def send_core(nbytes: float, cluster: Cluster) -> float:
+    """Seconds of a core that either side of a send spends; 0 where the link was not measured."""
+    timings = cluster.links[0].timings if cluster.links else ()
+    return interpolate(timings, "send", 2, nbytes)[0] if nbytes > 0 else 0.0

@@ -8,12 +8,13 @@ times 1 + spread x log2(nodes) for waiting on the slowest.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from plait.cost.bubble import StageTimes, simulate
+from plait.cost.bubble import Result, StageTimes, simulate
 from plait.cost.calibration import Calibration, Software, load_calibration
-from plait.cost.comms import all_gather, all_reduce
+from plait.cost.comms import all_gather, all_reduce, core_seconds, reduce_scatter
+from plait.cost.cores import Tail, simulate_shared
 from plait.cost.lanes import lanes
 from plait.cost.model import Cache, Model
 from plait.cost.money import joules, usd
@@ -79,12 +80,14 @@ def stage_times(model: Model, plan: Plan) -> list[StageTimes]:
     stages = []
     for number, (first, last) in enumerate(stage_bounds(plan.cuts, len(model.graph.segments))):
         forward = backward = weight = 0.0
+        waits = 0.0, 0.0
         for index in range(first, last):
             t = model.times(index, number % plan.pp, plan.recompute_of(index))
             forward += t.forward + t.exposed_forward
             backward += t.backward + t.again + (t.exposed - t.exposed_forward)
             weight += t.backward / 2
-        stages.append(StageTimes(forward, backward, weight))
+            waits = waits[0] + t.wait_forward, waits[1] + t.wait_backward
+        stages.append(StageTimes(forward, backward, weight, *waits))
     return stages
 
 
@@ -95,8 +98,6 @@ class _Walk:
     end: float
     """Seconds until its last rank is done, host time of a step and stragglers aside."""
     breakdown: Breakdown
-    work: float
-    """Seconds of arithmetic on all devices of the lane."""
     spans: tuple[Span, ...]
 
 
@@ -104,13 +105,7 @@ def finish(placed: Sequence[tuple[Model, Placed]], plan: Plan, keep: int = 0) ->
     """The estimate of a plan, each lane of which is placed; `keep` spans of each pipeline rank are recorded."""
     walks = [_walk(model, plan, where, keep) for model, where in placed]
     slow = max(range(len(walks)), key=lambda i: walks[i].breakdown.total)
-    cores = placed[0][0].cluster.shared_cores
-    breakdown = walks[slow].breakdown
-    if cores is not None and plan.devices > cores:
-        # Processes share cores: all of them together cannot be faster than the cores.
-        sharing = max(0.0, sum(walk.work for walk in walks) / cores - walks[slow].end)
-        breakdown = replace(breakdown, compute=breakdown.compute + sharing)
-    return _estimate(placed, plan, breakdown, walks, slow)
+    return _estimate(placed, plan, walks[slow].breakdown, walks, slow)
 
 
 def _walk(model: Model, plan: Plan, placed: Placed, keep: int) -> _Walk:
@@ -125,65 +120,100 @@ def _walk(model: Model, plan: Plan, placed: Placed, keep: int) -> _Walk:
             again[rank] += t.again
             exposed[rank] += t.exposed
             hidden[rank] += t.hidden
-    hop = model.hop(max((model.work(last - 1).live_out for _, last in bounds[:-1]), default=0.0))
-    run = simulate(plan.schedule, stages, ranks=plan.pp, microbatches=plan.microbatches, delay=hop, keep=keep)
-    end, slow = 0.0, 0
-    tails = []
-    for rank in range(plan.pp):
-        own = stages[rank :: plan.pp]
-        shown, hid, optimizer = _after_backward(model, plan, rank, placed.dense[rank], placed.expert[rank], own)
-        tails.append((shown, hid, optimizer))
-        if run.last_backward[rank] + shown + optimizer >= end:
-            end, slow = run.last_backward[rank] + shown + optimizer, rank
-    shown, hid, optimizer = tails[slow]
+    sent = max((model.work(last - 1).live_out for _, last in bounds[:-1]), default=0.0)
+    tails = [
+        _after_backward(model, plan, rank, *placed.trained(rank), stages[rank :: plan.pp]) for rank in range(plan.pp)
+    ]
+    run, slow, end, stretch = _timeline(model, plan, stages, tails, sent, keep)
+    tail = tails[slow]
     busy = plan.microbatches * (compute[slow] + again[slow] + exposed[slow])
     breakdown = Breakdown(
-        compute=plan.microbatches * compute[slow],
-        recompute=plan.microbatches * again[slow],
-        communication_exposed=plan.microbatches * exposed[slow] + shown,
-        communication_hidden=plan.microbatches * hidden[slow] + hid,
-        bubble=max(0.0, end - shown - optimizer - busy),
-        optimizer=optimizer,
+        compute=stretch * plan.microbatches * compute[slow],
+        recompute=stretch * plan.microbatches * again[slow],
+        communication_exposed=stretch * (plan.microbatches * exposed[slow] + tail.shown),
+        communication_hidden=plan.microbatches * hidden[slow] + tail.hidden,
+        bubble=max(0.0, end - stretch * (tail.shown + tail.optimizer + busy)),
+        optimizer=stretch * tail.optimizer,
         other=model.parameters[0]["step"] + model.spread * end,
     )
-    work = sum(plan.microbatches * (compute[r] + again[r]) + tails[r][2] for r in range(plan.pp))
-    return _Walk(end, breakdown, work * len(model.lane.replicas) * plan.tp * plan.cp, run.spans)
+    return _Walk(end, breakdown, run.spans)
+
+
+@dataclass(frozen=True, slots=True)
+class _After:
+    """Seconds of a rank after its last backward."""
+
+    shown: float
+    """Of communication that is exposed."""
+    hidden: float
+    wait: float
+    """The part of `shown` in which no core is used."""
+    optimizer: float
+
+
+def _timeline(model: Model, plan: Plan, stages: list[StageTimes], tails: list[_After], sent: float,
+              keep: int) -> tuple[Result, int, float, float]:  # fmt: skip
+    """(the schedule, the rank that decides, when the step ends, how much longer that rank's seconds take on shared cores)."""
+    cores, many = model.cluster.shared_cores, plan.microbatches
+    delay = model.hop(sent)
+    if cores is None:
+        run = simulate(plan.schedule, stages, ranks=plan.pp, microbatches=many, delay=delay, keep=keep)
+        ends = [end + tail.shown + tail.optimizer for end, tail in zip(run.last_backward, tails, strict=True)]
+        slow = max(range(plan.pp), key=lambda rank: (ends[rank], rank))
+        return run, slow, ends[slow], 1.0
+    run = simulate_shared(
+        plan.schedule, stages, [Tail(t.shown - t.wait + t.optimizer, t.wait) for t in tails],
+        microbatches=many, cores=cores, processes=plan.devices / plan.pp, delay=delay, handling=model.handling(sent),
+        keep=keep,
+    )  # fmt: skip
+    slow = max(range(plan.pp), key=lambda rank: run.busy[rank])
+    alone = (
+        many * sum(s.forward + s.backward for s in stages[slow :: plan.pp]) + tails[slow].shown + tails[slow].optimizer
+    )
+    return run, slow, run.end, run.busy[slow] / alone
 
 
 def _after_backward(model: Model, plan: Plan, rank: int, dense: float, expert: float,
-                    stages: list[StageTimes]) -> tuple[float, float, float]:  # fmt: skip
-    """(exposed, hidden, optimizer) seconds of a rank after its last backward."""
+                    stages: list[StageTimes]) -> _After:  # fmt: skip
     p, per, groups = model.parameters[rank], model.bytes, model.groups
-    beside = sum(stage.backward for stage in stages)
-    seconds = 0.0
+    seconds = core = 0.0
     shard = max(1, plan.fsdp)
     messages = p["messages"] * len(model.graph.segments) / plan.pp
     if plan.fsdp > 1 and plan.zero < 2:
-        seconds += all_gather(dense * per.wire, groups["fsdp"], messages) + all_gather(
+        seconds += reduce_scatter(dense * per.wire, groups["fsdp"], messages) + reduce_scatter(
             expert * per.wire, groups["expert_fsdp"]
         )
+        core += core_seconds("reduce_scatter", dense * per.wire, groups["fsdp"], messages)
     elif plan.fsdp == 1 and plan.cp > 1:
         seconds += all_reduce(dense * per.wire, groups["fsdp"], messages)
     if plan.dp > 1:
         seconds += all_reduce(dense / shard * per.wire, groups["dp"], messages)
+        core += core_seconds("all_reduce", dense / shard * per.wire, groups["dp"], messages)
         share = shard if plan.ep <= plan.fsdp else max(1, plan.fsdp)
         replicas = plan.dp * plan.fsdp / plan.ep
         if expert and replicas > 1:
             seconds += all_reduce(expert / share * per.wire, groups["dp"])
-    hidden_part = hide(seconds, beside=beside, fraction=p["dp_overlap"], slowdown=p["slowdown"])
-    shown, hidden = hidden_part.exposed, hidden_part.hidden
+    shown, hidden, wait = _hide_replicas(seconds, core, p, sum(stage.backward for stage in stages))
     if plan.fsdp > 1 and plan.zero < 3:
         # updated weights travel back; the next forward can hide them as well as a backward hides gradients
         back = all_gather(dense * per.gathered, groups["fsdp"], messages) + all_gather(
             expert * per.gathered, groups["expert_fsdp"]
         )
-        part = hide(back, beside=sum(s.forward for s in stages), fraction=p["dp_overlap"], slowdown=p["slowdown"])
-        shown, hidden = shown + part.exposed, hidden + part.hidden
+        core = core_seconds("all_gather", dense * per.gathered, groups["fsdp"], messages)
+        more = _hide_replicas(back, core, p, sum(s.forward for s in stages))
+        shown, hidden, wait = shown + more[0], hidden + more[1], wait + more[2]
     owned = dense / shard + expert / max(1.0, plan.fsdp / plan.ep)
     optimizer = optimizer_seconds(
         owned, state_bytes=per.state, weight_bytes=per.gathered, bandwidth=model.rates[rank].optimizer_bandwidth
     )
-    return shown, hidden, optimizer
+    return _After(shown, hidden, wait, optimizer)
+
+
+def _hide_replicas(seconds: float, core: float, p: Mapping[str, float], beside: float) -> tuple[float, float, float]:
+    """(exposed, hidden, part of exposed without a core) of what replicas exchange beside `beside` seconds of compute."""
+    loss = core / seconds if core else p["slowdown"]  # time of a core is never hidden, only the wait beside it
+    part = hide(seconds, beside=beside, fraction=p["dp_overlap"], slowdown=loss)
+    return part.exposed, part.hidden, max(0.0, part.exposed - core) if core else 0.0
 
 
 def _estimate(placed: Sequence[tuple[Model, Placed]], plan: Plan, breakdown: Breakdown,

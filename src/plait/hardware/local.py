@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 from plait.errors import HardwareError
 from plait.hardware.probe import Probe, load_probe
+from plait.hardware.together import KERNELS, KERNELS_RUN, MESSAGES, WORK
 from plait.schema.cluster import Cluster, Device, Group, Link
+from plait.schema.timing import Timing
 
 __all__ = ["cluster_of", "local_cluster"]
 
@@ -26,48 +30,108 @@ def local_cluster(devices: int) -> Cluster:
 
 
 def cluster_of(probe: Probe, devices: int) -> Cluster:
-    """`devices` processes of the probed computer.
+    """`devices` processes of the probed computer, from what the probe measured with as many at once.
 
-    Processes share the cores. As long as there are cores enough each has its own threads; beyond that each runs on one
-    core's worth while it runs, and all together are no faster than all cores (`shared_cores`).
+    Processes share the cores (`shared_cores`, see `plait.cost.cores`). While there are cores enough each has its own
+    threads; beyond that each runs on one core's worth while it runs. A number of processes that was not measured takes the
+    figures of the nearest one.
+
+    Raises:
+        HardwareError: `devices` is below 1, or the probe lacks a figure.
     """
     if devices < 1:
         raise HardwareError(f"devices={devices} must be at least 1")
     cores = probe.cores
     threads = max(1, cores // devices)
-    measured = threads if probe.has(f"copy/threads={threads}") else (1 if threads < cores else cores)
-    scale = threads / measured
-    where = f"threads={measured}"
-    # All cores busy at once are slower than one alone: what each gets when every process works.
-    together = min(1.0, _best(probe, "fp32", f"threads={cores}") / (cores * _best(probe, "fp32", "threads=1")))
-    busy = together if devices >= cores else 1.0
-    peaks = {p: _best(probe, p, where) * scale * busy for p in ("fp32", "bf16") if _sizes(probe, p, where)}
-    share = min(1.0, cores / devices)
-    bandwidth = min(
-        probe.value(f"add/{where}") * scale, probe.value(f"copy/threads={cores}") * 2 / max(1, min(devices, cores))
-    )
+    count = _nearest(probe, devices, cores)
+    rates = _Rates.of(probe, count)
     device = Device(
         name=f"{probe.processor} ({threads} threads)",
-        peak_flops=peaks,
+        peak_flops=_peaks(probe, rates.matmul),
         memory_bytes=probe.memory_bytes / devices,
-        memory_bandwidth=bandwidth,
+        memory_bandwidth=rates.elementwise,
         family="local",
         category="cpu",
         programmability="general",
         torch_device="cpu",
         collective_library=probe.backend,
-        efficiency=_efficiency(probe, where),
+        efficiency=_efficiency(probe, rates, count),
         verified=True,
-        source=f"measured on {probe.host}, {probe.date}, torch {probe.torch_version}",
+        source=f"measured on {probe.host}, {probe.date}, torch {probe.torch_version}, {count} processes at once",
     )
-    links = (_link(probe, devices),) if devices > 1 else ()
+    links = (_link(probe, devices, count),) if devices > 1 else ()
+    notes = (f"{devices} processes share {cores} cores",) if devices > cores else ()
+    if count != devices:
+        notes += (f"measured with {count} processes at once, not {devices}",)
     return Cluster(
         name=f"{devices}xcpu",
         groups=(Group(device=device, count=devices, usd_per_hour=0.0, price_source="this computer"),),
         links=links,
         shared_cores=cores,
-        notes=(f"{devices} processes share {cores} cores",) if share < 1 else (),
+        notes=notes,
     )
+
+
+def _nearest(probe: Probe, devices: int, cores: int) -> int:
+    """The measured number of processes at once that is most like `devices`: as many, or the nearest by ratio.
+
+    Several devices need collectives; where they are more than the cores, so should the measured ones be.
+    """
+    measured = [count for count in probe.processes if count > 1 or devices == 1]
+    if not measured:
+        raise HardwareError(
+            f"the probe of {probe.host} has no processes measured together", hint="run `plait hardware probe` again"
+        )
+    return min(measured, key=lambda n: ((n > cores) != (devices > cores), abs(math.log(n / devices)), n))
+
+
+@dataclass(frozen=True)
+class _Rates:
+    """What a process reaches while all work, by seconds in which it has its cores."""
+
+    matmul: float
+    """FLOP/s of large square matmuls, their memory traffic taken out."""
+    traffic: float
+    """Bytes/s of that traffic; infinite where the two matmuls show none."""
+    attention: float
+    attention_back: float
+    elementwise: float
+    """Bytes/s of a norm, a GELU and an addition, forward and backward."""
+    optimizer: float
+    kernel: float
+    """Seconds of one small operator, autograd and interpreter included."""
+
+    @classmethod
+    def of(cls, probe: Probe, count: int) -> _Rates:
+        """From the kernels of `count` processes at once."""
+        seconds = {name: probe.value(f"{name}/processes={count}") for name in KERNELS}
+        # square: f1 / rate + b1 / traffic = t1, thin: the same with few rows; solved for both.
+        (f1, b1), (f2, b2) = WORK["matmul"], WORK["thin_matmul"]
+        t1, t2 = seconds["matmul"], seconds["thin_matmul"]
+        whole = f1 * b2 - f2 * b1
+        per_flop, per_byte = (t1 * b2 - t2 * b1) / whole, (f1 * t2 - f2 * t1) / whole
+        if per_byte <= 0 or per_flop <= 0:
+            per_flop, per_byte = t1 / f1, 0.0
+        both = ("elementwise", "elementwise_back")
+        return cls(
+            matmul=1 / per_flop,
+            traffic=1 / per_byte if per_byte else math.inf,
+            attention=WORK["attention"][0] / seconds["attention"],
+            attention_back=WORK["attention_back"][0] / seconds["attention_back"],
+            elementwise=sum(WORK[name][1] for name in both) / sum(seconds[name] for name in both),
+            optimizer=WORK["optimizer"][1] / seconds["optimizer"],
+            kernel=seconds["kernel"] / KERNELS_RUN,
+        )
+
+
+def _peaks(probe: Probe, fp32: float) -> dict[str, float]:
+    """FLOP/s by precision; bf16 by what it gains over fp32 in one process on one core."""
+    found = {"fp32": fp32}
+    sizes = _sizes(probe, "bf16", "threads=1")
+    if sizes:
+        where = f"{sizes[-1]}/threads=1"
+        found["bf16"] = fp32 * probe.value(f"matmul/bf16/{where}") / probe.value(f"matmul/fp32/{where}")
+    return found
 
 
 def _sizes(probe: Probe, precision: str, where: str) -> list[int]:
@@ -78,48 +142,60 @@ def _sizes(probe: Probe, precision: str, where: str) -> list[int]:
     )
 
 
-def _best(probe: Probe, precision: str, where: str) -> float:
-    """FLOP/s of the largest matmuls."""
-    rates = [probe.value(f"matmul/{precision}/{size}/{where}") for size in _sizes(probe, precision, where)]
-    if not rates:
-        raise HardwareError(f"the probe of {probe.host} has no {precision} matmul with {where}", hint="run it again")
-    return max(rates)
-
-
-def _efficiency(probe: Probe, where: str) -> dict[str, float]:
-    """The cost model's parameters on this processor; the matmul's small sizes give the time of one kernel."""
-    operator = probe.value(f"operator/{where}")
+def _efficiency(probe: Probe, rates: _Rates, count: int) -> dict[str, float]:
+    """The cost model's parameters on this processor, all measured: ratios to the device's matmul rate and bandwidth."""
+    # The loss is summed over all processes at the end of a step, and the norm of the gradients.
+    step = 2 * probe.value(f"all_reduce/processes={count}/ranks={count}/{MESSAGES[0]}") if count > 1 else 0.0
     return {
-        "matmul": 0.9,  # shapes of layers reach nine tenths of the best square one
+        "matmul": 1.0,
+        "attention": rates.attention / rates.matmul,
+        "attention_back": rates.attention_back / rates.matmul,
         "memory": 1.0,
-        "traffic": 0.3,
-        "kernel": operator,
-        "launch": 4 * operator,  # autograd and the interpreter, in multiples of the bare operator
-        "launch_collective": 4 * operator,
-        "optimizer": 0.5,
-        "attention": 0.5,
-        "attention_back": 0.5,
-        "node": 1.0,
-        "node_latency": 1.0,
+        "fusion": 1.0,
+        "traffic": rates.elementwise / rates.traffic,
+        "optimizer": rates.optimizer / rates.elementwise,
+        "kernel": rates.kernel,
+        "launch": 0.0,  # the host is the device: a kernel's time holds its start
+        "launch_collective": 0.0,
+        "step": step,
+        "messages": 1 / 4,  # plait sums gradients in buckets and gathers whole blocks, of several segments each
     }
 
 
-def _link(probe: Probe, devices: int) -> Link:
-    """Bandwidth and latency of a ring of processes, from the largest and the smallest all-reduce."""
-    measured = sorted(
-        {int(f.name.split("/")[1].split("=")[1]) for f in probe.figures if f.name.startswith("all_reduce/")}
-    )
-    if not measured:
+def _link(probe: Probe, devices: int, count: int) -> Link:
+    """What processes exchange, as measured; bandwidth and latency are those of the all-reduce over all."""
+    timings = tuple(_timings(probe, devices, count))
+    whole = sorted((t for t in timings if t.collective == "all_reduce" and t.ranks == count), key=lambda t: t.nbytes)
+    if len(whole) < 2:
         raise HardwareError(
             f"the probe of {probe.host} measured no collectives", hint="run `plait hardware probe` again"
         )
-    ranks = min(measured, key=lambda count: (abs(count - devices), -count))
-    sizes = sorted(int(f.name.split("/")[2]) for f in probe.figures if f.name.startswith(f"all_reduce/ranks={ranks}/"))
-    small = probe.value(f"all_reduce/ranks={ranks}/{sizes[0]}")
-    large = probe.value(f"all_reduce/ranks={ranks}/{sizes[-1]}")
-    latency = small / (2 * math.ceil(math.log2(ranks)))
-    bandwidth = 2 * (ranks - 1) / ranks * sizes[-1] / max(large - small, 1e-9)
+    small, large = (t.core + t.wait for t in (whole[0], whole[-1]))
     return Link(
-        level="node", size=devices, bandwidth=bandwidth, latency=latency, name=probe.backend,
-        source=f"all-reduce of {ranks} processes on {probe.host}, {probe.date}",
-    )  # fmt: skip
+        level="node",
+        size=devices,
+        bandwidth=2 * (count - 1) / count * whole[-1].nbytes / max(large - small, 1e-9),
+        latency=small / (2 * math.ceil(math.log2(count))),
+        name=probe.backend,
+        source=f"collectives of {count} processes on {probe.host}, {probe.date}",
+        timings=timings,
+    )
+
+
+def _timings(probe: Probe, devices: int, count: int) -> Iterator[Timing]:
+    """The probe's collectives, split into seconds of a core and the wait beside them."""
+    threads = max(1, probe.cores // devices)
+    share = max(1.0, count / probe.cores)
+    for figure in probe.figures:
+        collective, _, rest = figure.name.partition(f"/processes={count}/ranks=")
+        if not rest or collective.endswith("_core"):
+            continue
+        ranks, size = rest.split("/")
+        core = probe.value(f"{collective}_core/processes={count}/ranks={rest}")
+        yield Timing(
+            collective=collective,
+            ranks=int(ranks),
+            nbytes=float(size),
+            core=core / threads,  # a process with several cores loses one of them
+            wait=max(0.0, figure.value - share * core),
+        )

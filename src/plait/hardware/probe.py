@@ -11,9 +11,6 @@ import os
 import platform
 import socket
 import statistics
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -21,12 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from plait.errors import HardwareError
+from plait.hardware.probe_group import measure_together
+from plait.hardware.together import usable_cores
 from plait.schema.records import Record
 
 __all__ = ["Measured", "Probe", "cache_path", "load_probe", "probe_machine", "save_probe"]
 
 _SIZES = (64, 128, 256, 512, 1024, 2048)
-_MESSAGES = (1024, 65536, 1 << 20, 8 << 20)
 _LIMIT = 120.0  # s, for the whole probe
 
 
@@ -44,7 +42,13 @@ class Measured(Record):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Probe(Record):
-    """What was measured, by name: `matmul/fp32/1024/threads=1`, `copy/threads=2`, `all_reduce/ranks=2/65536`."""
+    """What was measured, by name.
+
+    `matmul/fp32/1024/threads=1`, `copy/threads=2`: one process, its rate. `matmul/processes=4`: seconds of one run of a
+    kernel (`hardware.together.WORK`) on one process's cores while so many processes repeat it.
+    `all_reduce/processes=4/ranks=2/65536`: seconds in groups of two of the four, all at once, between pieces of compute;
+    `all_reduce_core/...`: the part of that in which a core was busy with it, in each process.
+    """
 
     host: str
     processor: str
@@ -68,6 +72,12 @@ class Probe(Record):
                 return figure.value
         raise HardwareError(f"the probe of {self.host} has no figure {name}", hint="run `plait hardware probe` again")
 
+    @property
+    def processes(self) -> tuple[int, ...]:
+        """The numbers of processes at once that were measured."""
+        names = (figure.name.partition("matmul/processes=") for figure in self.figures)
+        return tuple(sorted(int(count) for before, sign, count in names if sign and not before))
+
     def has(self, name: str) -> bool:
         """Whether the figure was measured."""
         return any(figure.name == name for figure in self.figures)
@@ -85,7 +95,7 @@ def load_probe() -> Probe | None:
         found = Probe.from_json(cache_path().read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return found if found.cores == _cores() else None
+    return found if found.cores == usable_cores() and found.processes else None
 
 
 def save_probe(probe: Probe) -> Path:
@@ -94,11 +104,6 @@ def save_probe(probe: Probe) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(probe.to_json() + "\n", encoding="utf-8")
     return path
-
-
-def _cores() -> int:
-    """Cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _memory() -> float:
@@ -145,8 +150,8 @@ def _figure(name: str, seconds: list[float], unit: str, work: float) -> Measured
     )
 
 
-def probe_machine(*, ranks: tuple[int, ...] = (2, 4), say: Callable[[str], None] = lambda _: None) -> Probe:
-    """Measures this computer's CPU in at most two minutes.
+def probe_machine(*, processes: tuple[int, ...] = (1, 2, 4), say: Callable[[str], None] = lambda _: None) -> Probe:
+    """Measures this computer's CPU in at most two minutes, with as many `processes` at once as each says.
 
     Raises:
         HardwareError: a measurement failed.
@@ -154,7 +159,7 @@ def probe_machine(*, ranks: tuple[int, ...] = (2, 4), say: Callable[[str], None]
     import torch
 
     began = time.perf_counter()
-    cores = _cores()
+    cores = usable_cores()
     figures: list[Measured] = []
     threads_before = torch.get_num_threads()
     try:
@@ -165,12 +170,13 @@ def probe_machine(*, ranks: tuple[int, ...] = (2, 4), say: Callable[[str], None]
     finally:
         torch.set_num_threads(threads_before)
     notes = []
-    for count in ranks:
+    for count in processes:
         if time.perf_counter() - began > _LIMIT / 2:
-            notes.append(f"collectives of {count} ranks were left out: the probe would take over {_LIMIT:g} s")
+            notes.append(f"{count} processes at once were left out: the probe would take over {_LIMIT:g} s")
             continue
-        say(f"collectives, {count} processes with gloo")
-        figures += _collectives(count)
+        say(f"kernels and gloo's collectives, {count} processes at once")
+        repetitions = measure_together(count, max(1, cores // count), seconds=_LIMIT / 2)
+        figures += [_figure(name, seconds, "s", 0.0) for name, seconds in repetitions.items()]
     return Probe(
         host=socket.gethostname(),
         processor=_processor(),
@@ -212,85 +218,4 @@ def _compute(torch: Any, threads: int) -> list[Measured]:
 
         seconds = [s / 200 for s in _repeat(many, budget=0.1)]
         found.append(_figure(f"operator/{where}", seconds, "s", 0.0))
-    return found
-
-
-_WORKER = """
-import json, os, statistics, sys, time
-import torch, torch.distributed as dist
-rank, count, store, sizes = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], json.loads(sys.argv[4])
-torch.set_num_threads(1)
-dist.init_process_group("gloo", init_method="file://" + store, rank=rank, world_size=count,
-                        timeout=__import__("datetime").timedelta(seconds=40))
-found = {}
-for size in sizes:
-    x = torch.ones(size // 4)
-    for kind in ("all_reduce", "send"):
-        times = []
-        for turn in range(7):
-            dist.barrier()
-            start = time.perf_counter()
-            if kind == "all_reduce":
-                dist.all_reduce(x)
-            elif rank == 0:
-                dist.send(x, 1)
-                dist.recv(x, 1)
-            elif rank == 1:
-                dist.recv(x, 0)
-                dist.send(x, 0)
-            times.append((time.perf_counter() - start) / (1 if kind == "all_reduce" else 2))
-        found[f"{kind}/{size}"] = times[2:]
-dist.barrier()
-if rank == 0:
-    print(json.dumps(found), flush=True)
-dist.destroy_process_group()
-"""
-
-
-def _collectives(count: int) -> list[Measured]:
-    """All-reduce and send between `count` processes of this computer, by message size.
-
-    Raises:
-        HardwareError: a process failed or took over a minute.
-    """
-    import json
-
-    with tempfile.TemporaryDirectory() as folder:
-        store = str(Path(folder) / "store")
-        workers = [
-            subprocess.Popen(
-                [sys.executable, "-c", _WORKER, str(rank), str(count), store, json.dumps(_MESSAGES)],
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-                env={
-                    **os.environ,
-                    "OMP_NUM_THREADS": "1",
-                    "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo"),
-                },
-            )
-            for rank in range(count)
-        ]
-        outputs = []
-        try:
-            for rank, worker in enumerate(workers):
-                out, problem = worker.communicate(timeout=60)
-                if worker.returncode:
-                    line = (problem.strip().splitlines() or ["no message"])[-1]
-                    raise HardwareError(f"probe: gloo rank {rank} of {count} failed: {line}", hint="run `plait doctor`")
-                outputs.append(out)
-        except subprocess.TimeoutExpired:
-            raise HardwareError(
-                f"probe: gloo with {count} processes took over 60 s", hint="run `plait doctor`"
-            ) from None
-        finally:
-            for worker in workers:
-                if worker.poll() is None:
-                    worker.kill()
-                worker.wait()
-    times = json.loads(outputs[0])
-    found = []
-    for key, seconds in times.items():
-        kind, size = key.split("/")
-        found.append(_figure(f"{kind}/ranks={count}/{size}", seconds, "s", 0.0))
     return found
