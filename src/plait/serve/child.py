@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import resource
 import sys
-import time
 import traceback
 from collections.abc import Mapping
 from contextlib import suppress
@@ -20,7 +19,7 @@ from typing import Any
 
 from plait.errors import PlaitError
 from plait.serve.backend import Artefact, Backend
-from plait.serve.subject import Sample, Subject
+from plait.serve.subject import Subject
 
 __all__ = ["Request", "main"]
 
@@ -122,6 +121,7 @@ def peak_bytes() -> int:
 def _export(request: Request, report: Report) -> None:
     import torch
 
+    from plait.serve.attempt import make
     from plait.serve.registry import backend_at
     from plait.serve.timing import time_all
 
@@ -137,38 +137,18 @@ def _export(request: Request, report: Report) -> None:
     if refusal:
         report.set(status="refused", error=refusal)
         return
-    folder = Path(request.artefact)
-    is_exact = request.precision == "fp32"
-    if subject.weights == "random" and is_exact and backend.status == "run":
-        perturbed = _PerturbedSubject.of(subject)
-        report.set(stage="exporting with moved weights")
-        facts = dict(backend.export(perturbed, folder, request.precision))
-        report.set(stage="checking moved weights")
-        parity = check(backend, perturbed, folder, facts, max(request.threads), request.precision)
-        report.set(perturbed=parity)
-        _refuse_difference(parity)
-        _empty(folder)
-    report.set(stage="exporting")
-    begin = time.perf_counter()
-    facts = dict(backend.export(subject, folder, request.precision))
-    size = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
-    report.set(export_s=time.perf_counter() - begin, facts=facts, bytes=size, versions=backend.versions())
-    _refuse_size(backend, subject, size, request.precision)
+    folder, threads = Path(request.artefact), max(request.threads)
+    subject = make(backend, subject, folder, request.precision, threads, report)
+    facts = report.values["facts"]
     if backend.status == "prepared":
         report.set(status="prepared", stage="done")
         return
-    report.set(stage="checking")
-    parity = check(backend, subject, folder, facts, max(request.threads), request.precision)
-    report.set(parity=parity)
-    if is_exact:
-        _refuse_difference(parity)
     report.set(stage="running the data")
     _run_data(backend, subject, folder, facts, request)
     if "decode" in subject.entries:
         from plait.serve.generation import generation
 
         report.set(stage="generating")
-        threads = max(request.threads)
         found = generation(backend, subject, folder, facts, request.precision, threads, timed=request.seconds > 0)
         report.set(generation=found)
     if request.seconds:
@@ -177,78 +157,11 @@ def _export(request: Request, report: Report) -> None:
     report.set(status="ok", stage="done")
 
 
-class _PerturbedSubject(Subject):
-    """The subject with moved weights, and the outputs that go with them."""
-
-    @classmethod
-    def of(cls, subject: Subject) -> _PerturbedSubject:
-        return cls(**{name: getattr(subject, name) for name in subject.__dataclass_fields__})
-
-    def program(self, entry: str = "forward", *, perturbed: bool = True) -> Any:
-        return Subject.program(self, entry, perturbed=True)
-
-    def outputs(self, sample: Sample, entry: str = "forward", *, perturbed: bool = True) -> Any:
-        return Subject.outputs(self, sample, entry, perturbed=True)
-
-
-def _empty(folder: Path) -> None:
-    import shutil
-
-    for path in folder.iterdir():
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
-def serves(sizes: Mapping[str, int], facts: Mapping[str, Any]) -> bool:
-    """Whether sizes lie in what an artefact said that it takes."""
-    limits = facts.get("serves") or {}
-    return all(limits[name][0] <= size <= limits[name][1] for name, size in sizes.items() if name in limits)
-
-
-def check(
-    backend: Backend, subject: Subject, folder: Path, facts: Mapping[str, Any], threads: int, precision: str
-) -> list[dict[str, Any]]:
-    """The difference from eager on every sample that the artefact serves."""
-    from plait.serve.accuracy import difference
-
-    found: list[dict[str, Any]] = []
-    for name, entry in subject.entries.items():
-        artefact = Artefact(
-            folder=folder, entry=entry, precision=precision, threads=threads, facts=facts, subject=subject
-        )
-        run = backend.load(artefact)
-        for sample in entry.samples:
-            if not serves(sample.sizes, facts):
-                continue
-            outputs = run(subject.inputs(sample, name))
-            gap = difference([s.name for s in entry.outputs], subject.outputs(sample, name), outputs)
-            found.append({"entry": name, "sizes": dict(sample.sizes), **gap.to_dict()})
-    return found
-
-
-def _refuse_difference(parity: list[dict[str, Any]]) -> None:
-    from plait.serve.accuracy import PARITY
-
-    wrong = [one for one in parity if not one["max_rel"] <= PARITY]
-    if wrong:
-        worst = max(wrong, key=lambda one: one["max_rel"])
-        raise PlaitError(
-            f"it does not compute what eager does: relative error {worst['max_rel']:.2g} of {worst['worst']} at "
-            f"{worst['sizes'] or 'the exported shape'}, the limit is {PARITY:g}"
-        )
-
-
-def _refuse_size(backend: Backend, subject: Subject, size: int, precision: str) -> None:
-    """A much smaller artefact than its weights has lost some (folded away, or not saved)."""
-    least = {"fp32": 0.9, "bf16": 0.45, "fp16": 0.45}.get(precision, 0.2)
-    if backend.keeps and size < least * subject.parameter_bytes:
-        raise PlaitError(
-            f"the artefact has {size} bytes for {subject.parameter_bytes} bytes of weights: some are missing"
-        )
-
-
 def _run_data(backend: Backend, subject: Subject, folder: Path, facts: Mapping[str, Any], request: Request) -> None:
     """Outputs for the user's data, for the parent, which knows the task's loss."""
     from safetensors.torch import save_file
+
+    from plait.serve.attempt import serves
 
     for name, entry in subject.entries.items():
         samples = [sample for sample in entry.data if serves(sample.sizes, facts)]
@@ -286,6 +199,7 @@ def _time(request: Request, report: Report) -> None:
 def _serve(request: Request, report: Report) -> None:
     import torch
 
+    from plait.serve.attempt import serves
     from plait.serve.served import load
 
     torch.set_num_threads(max(request.threads))

@@ -15,7 +15,7 @@ from plait.capture.trace import call_model, user_line
 from plait.errors import ServeError
 from plait.serve.cached import Derived, derive
 from plait.serve.entry import write_sample
-from plait.serve.subject import Entry, Subject, TensorSpec
+from plait.serve.subject import Entry, Subject, TensorSpec, write_program
 
 __all__ = ["Proof", "add_decoder", "prove"]
 
@@ -170,7 +170,7 @@ def _entry(folder: Path, name: str, derived: Derived, capacity: int, most: int) 
     with torch.no_grad():
         program = torch.export.export(module, tuple(sample), dynamic_shapes=shapes, strict=False)
         logits = module(*sample)[0]
-    torch.export.save(program, folder / f"{name}.pt2")
+    write_program(program, folder / f"{name}.pt2")
     is_open = _is_open(program)
     first: int | str = "batch" if is_open else 2
     caches = tuple(

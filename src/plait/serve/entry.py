@@ -1,7 +1,7 @@
 """A module in eval mode to an entry point: positional tensors in, a tuple of tensors out, sizes left open, samples kept.
 
-The batch dimension is left open, and the dimension after it where inputs are tokens ([batch, length] of whole numbers or
-bools) or sequences of features ([batch, length, features]); torch.export closes what the model does not allow to vary.
+The batch dimension is left open, and the one after it, which is the length where inputs are tokens, masks or sequences of
+features; torch.export closes what the model does not allow to vary (the features of a linear layer).
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import nn
 from torch.export import Dim
 from torch.utils import _pytree as pytree
 
 from plait.capture.trace import _explained, _masks_unread, _no_noise, call_model
 from plait.errors import CaptureError
-from plait.serve.subject import Entry, Sample, TensorSpec
+from plait.serve.subject import Entry, Sample, TensorSpec, write_program
 
 __all__ = ["Flat", "export_entry", "write_sample"]
 
@@ -152,7 +152,7 @@ def export_entry(
             raise CaptureError(f"export: {type(module).__name__} returns no tensor", hint="return tensors from forward")
         program = _any_program(served, flat.names, tensors, batch_dims, most, open_length)
     file = f"{name}.pt2"
-    torch.export.save(program, folder / file)
+    write_program(program, folder / file)
     specs, out_specs, dims = _specs(program, flat.names, out_names, tensors, batch_dims, most)
     return Entry(name=name, inputs=specs, outputs=out_specs, dims=dims, program=file), flat
 
@@ -187,8 +187,8 @@ def _open_dims(tensor: torch.Tensor, batch_dim: int | None, most: int, length: b
         return None
     found: dict[int, Any] = {batch_dim: Dim.AUTO(max=most)}
     after = batch_dim + 1
-    is_sequence = tensor.dim() >= 2 if not tensor.is_floating_point() else tensor.dim() == 3
-    if length and is_sequence and after < tensor.dim() and tensor.shape[after] > 2:
+    may_be_length = not tensor.is_floating_point() or tensor.dim() <= 3  # of images, dimension 1 holds the channels
+    if length and may_be_length and after < tensor.dim() and tensor.shape[after] > 2:
         found[after] = Dim.AUTO(max=tensor.shape[after])
     return found
 
@@ -271,7 +271,7 @@ def write_sample(
         held.update(
             {f"{kind}.{s.name}": t.detach().contiguous().clone() for s, t in zip(entry.outputs, given, strict=True)}
         )
-    save_file(held, folder / file)
+    (folder / file).write_bytes(save(held))
     sizes = {
         size: tensor.shape[i]
         for spec, tensor in zip(entry.inputs, tensors, strict=True)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from plait.errors import PlaitError, ServeError
 from plait.serve.backend import PRECISIONS, Backend
@@ -47,6 +47,10 @@ def export(
     seconds: float = 4.0,
     limit: float = 600.0,
     compiled: bool = True,
+    tune: float = 0.0,
+    tune_goal: Literal["latency", "throughput"] = "latency",
+    tune_accuracy: float = 0.99,
+    tune_record: str | os.PathLike[str] | None = None,
     scratch: str | os.PathLike[str] | None = None,
     tell: Callable[[str, str], None] = lambda backend, stage: None,
 ) -> dict[str, Any]:
@@ -66,6 +70,10 @@ def export(
         seconds: for timing each batch size with each number of threads; 0: not timed.
         limit: seconds for each backend before it is stopped.
         compiled: whether torch.compile is timed beside eager.
+        tune: seconds to search the fastest settings in, over the artefacts that work (`plait.serve.tune`); 0: not at all.
+        tune_goal: `latency` of the first batch size, or `throughput` over all of them.
+        tune_accuracy: least cosine of a precision below fp32 that may win.
+        tune_record: take the settings from this record of an earlier search; nothing is measured.
         scratch: folder that the captured model is kept in; by default it is made in the place for temporary files and removed.
         tell: called with backend and stage as they begin.
 
@@ -96,10 +104,17 @@ def export(
             job = _Task(source, prepared, place, out, sizes, counts, seconds, limit, compiled, tell)
             rows = [job.row(name, module, p) for name, module in places.items() for p in precisions]
     except OSError as problem:
-        raise PlaitError(f"export: {problem.strerror or problem}: {problem.filename or out}") from None
+        raise PlaitError(
+            f"export: the captured model cannot be written to {scratch or tempfile.gettempdir()}: {problem.strerror or problem}",
+            hint="if the disk is full, free some space, or let TMPDIR name a folder that has it",
+        ) from None
     report = _report(source, prepared, rows, sizes, counts)
     if decoder is not None:
         report["decoder"] = decoder
+    if tune or tune_record is not None:
+        from plait.serve.tune import tuned
+
+        report["tuned"] = tuned(rows, out, sizes, tune, tune_goal, tune_accuracy, tune_record, tell)
     _write_report(out, report)
     return report
 

@@ -14,7 +14,7 @@ from plait.errors import ServeError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Entry", "Sample", "Subject", "TensorSpec", "misfit"]
+__all__ = ["Entry", "Sample", "Subject", "TensorSpec", "misfit", "write_program"]
 
 SUBJECT = "subject.json"
 
@@ -97,6 +97,10 @@ class Subject:
     convolutions: bool
     recipe: Mapping[str, Any] = field(default_factory=dict)
     """How a child rebuilds the user's own module: {"target": ..., "cwd": ...}; empty where it cannot."""
+    moved: bool = False
+    """Whether programs and outputs are those of moved weights."""
+    closed: Mapping[str, int] = field(default_factory=dict)
+    """Open dims that programs have at this size alone, for a runtime that cannot leave them open."""
 
     @classmethod
     def read(cls, folder: Path) -> Self:
@@ -114,34 +118,72 @@ class Subject:
 
     def write(self) -> None:
         """Write subject.json; programs and samples are there already."""
-        data = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "folder"}
+        data = {
+            f.name: getattr(self, f.name)
+            for f in dataclasses.fields(self)
+            if f.name not in ("folder", "moved", "closed")
+        }
         data["entries"] = {name: entry.to_dict() for name, entry in self.entries.items()}
         (self.folder / SUBJECT).write_text(json.dumps(data, indent=1), encoding="utf-8")
 
-    def program(self, entry: str = "forward", *, perturbed: bool = False) -> torch.export.ExportedProgram:
+    def program(self, entry: str = "forward") -> torch.export.ExportedProgram:
         """An entry point's exported program, loaded anew (its weights may be changed by whoever asks)."""
         import torch
 
         program = torch.export.load(self.folder / self.entries[entry].program)
-        if perturbed:
+        if self.closed:
+            program = self._narrowed(program, entry)
+        if self.moved:
             from plait.serve.perturb import perturb
 
             perturb(program.state_dict)
         return program
 
+    def _narrowed(self, program: torch.export.ExportedProgram, entry: str) -> torch.export.ExportedProgram:
+        """The same program, exported again with the closed dims at their sizes."""
+        import torch
+        from torch.export import Dim
+
+        spec = self.entries[entry]
+        shapes = tuple(
+            {
+                i: Dim.AUTO(max=spec.dims[size][1])
+                for i, size in enumerate(given.shape)
+                if isinstance(size, str) and size not in self.closed
+            }
+            or None
+            for given in spec.inputs
+        )
+        fitting = (s for s in spec.samples if all(s.sizes.get(name) == size for name, size in self.closed.items()))
+        inputs = tuple(self.inputs(next(fitting), entry))
+        with torch.no_grad():
+            module = program.module(check_guards=False)
+            return torch.export.export(module, inputs, dynamic_shapes=shapes, strict=False)
+
     def inputs(self, sample: Sample, entry: str = "forward") -> list[torch.Tensor]:
         """A sample's inputs, in order."""
         return self._tensors(sample, "in", self.entries[entry].inputs)
 
-    def outputs(self, sample: Sample, entry: str = "forward", *, perturbed: bool = False) -> list[torch.Tensor]:
+    def outputs(self, sample: Sample, entry: str = "forward") -> list[torch.Tensor]:
         """The eager outputs of a sample, in order."""
-        return self._tensors(sample, "perturbed" if perturbed else "out", self.entries[entry].outputs)
+        return self._tensors(sample, "perturbed" if self.moved else "out", self.entries[entry].outputs)
 
     def _tensors(self, sample: Sample, kind: str, specs: tuple[TensorSpec, ...]) -> list[torch.Tensor]:
         from safetensors import safe_open
 
         with safe_open(self.folder / sample.file, framework="pt") as file:
             return [file.get_tensor(f"{kind}.{spec.name}") for spec in specs]
+
+
+def write_program(program: torch.export.ExportedProgram, path: Path) -> None:
+    """Save an exported program by way of memory: torch's own writer ends the whole process where the disk is full."""
+    import io
+
+    import torch
+
+    held = io.BytesIO()
+    torch.export.save(program, held)
+    path.write_bytes(held.getbuffer())
 
 
 def misfit(entry: Entry, shapes: Sequence[Sequence[int]]) -> TensorSpec | None:

@@ -45,10 +45,32 @@ def text(report: Mapping[str, Any]) -> None:
     decoder = report.get("decoder")
     if decoder and not decoder["ok"]:
         console.print(f"\nno key-value cache: {decoder['error']}", highlight=False)
+    tuned = report.get("tuned")
+    if tuned:
+        _tuned(console, tuned)
     for row in rows:
         _problem(console, row)
     if report.get("report_error"):
         console.print(f"\n{report['report_error']}", highlight=False)
+
+
+def _tuned(console: Console, tuned: Mapping[str, Any]) -> None:
+    best = tuned["best"]
+    parts = [f"threads={best['threads']}", f"batch={best['batch']}"]
+    parts += [f"cores={','.join(map(str, best['cpus']))}"] if best["cpus"] else []
+    parts += [f"{name}={value}" for name, value in best["knobs"].items()]
+    how = f"best of {tuned['trials']} configurations" if tuned["measured"] else "from the record, not measured"
+    gain = f"{tuned['best_ms']:.3g} ms a sample" + (
+        f", default settings {tuned['default_ms']:.3g} ms" if tuned["default_ms"] is not None else ""
+    )
+    console.print(f"\ntuned ({how}): {tuned['folder']} with {' '.join(parts)}: {gain}", highlight=False)
+    shell = " ".join(
+        f'{name}="{value}"' if " " in value else f"{name}={value}" for name, value in tuned["environment"].items()
+    )
+    console.print(
+        f"  start the server with {shell}, and load it by plait.serve.tune.load_tuned({tuned['record']!r})",
+        highlight=False,
+    )
 
 
 def _generations(rows: Sequence[Mapping[str, Any]]) -> Table:

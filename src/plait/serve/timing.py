@@ -35,7 +35,7 @@ def time_all(
     """Latencies of every entry point for each number of threads and each batch size, into the report's `latency`."""
     import torch
 
-    from plait.serve.child import serves
+    from plait.serve.attempt import serves
 
     rows: list[dict[str, Any]] = []
     for name, entry in subject.entries.items():

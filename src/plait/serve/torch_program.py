@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from plait.serve.backend import Artefact, Backend, Runner
-from plait.serve.subject import Subject
+from plait.serve.subject import Subject, write_program
 
 __all__ = ["TorchProgram"]
 
@@ -25,11 +25,9 @@ class TorchProgram(Backend):
 
         from plait.serve.casting import cast
 
-        program = None
         for name in subject.entries:
             program = cast(subject.program(name), precision)
-            torch.export.save(program, folder / f"{name}.pt2")
-        assert program is not None
+            write_program(program, folder / f"{name}.pt2")
         holder = torch.nn.Module()
         for name, tensor in program.state_dict.items():
             _put(holder, name.removeprefix("model."), tensor.detach())
