@@ -110,11 +110,12 @@ def _call_of(module: nn.Module, inputs: Any) -> Callable[[torch.Tensor], torch.T
 
 
 def _program(module: nn.Module, call: Callable[[torch.Tensor], torch.Tensor], capacity: int, most: int) -> Any:
-    tokens = torch.zeros(2, capacity, dtype=torch.int64)
+    # Not at the capacity itself: a table of so many positions would fix the length to it.
+    tokens = torch.zeros(2, max(3, capacity // 2 + 1), dtype=torch.int64)
     shapes = {"tokens": {0: Dim.AUTO(max=most), 1: Dim.AUTO(max=capacity)}}  # type: ignore[attr-defined]
     try:
         with torch.no_grad():
-            call(tokens)  # a table of positions that ends earlier shows itself here
+            call(torch.zeros(1, capacity, dtype=torch.int64))  # a table of positions that ends earlier shows itself here
             return torch.export.export(_Tokens(module, call).eval(), (tokens,), dynamic_shapes=shapes, strict=False)
     except ServeError:
         raise
