@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 
 from plait.errors import HardwareError
@@ -104,6 +106,16 @@ def test_a_whole_file_comes_back_equal(tmp_path):
         (SHORT.replace("bandwidth_gbs: 300", "bandwidth_gbs: fast"), "is not a number"),
         (SHORT.replace("size: 16", "size: 4"), "must rise"),
         (SHORT.replace("latency_us", "delay"), "unknown key 'delay'"),
+        (SHORT.replace("count: 16", "count: 99999999999"), "not a believable number of devices"),
+        ("name: x\ngroups: {part: A100}\nlinks: []\n", "groups: a list is needed"),
+        ("name: x\ngroups: []\nlinks: 7\n", "links: a list is needed, got 7"),
+        ("groups: " + "[" * 5000, "recursion"),
+        (
+            "a: &a [1, 1, 1]\n"
+            + "".join(f"{q}: &{q} [{', '.join([f'*{p}'] * 9)}]\n" for p, q in pairwise("abcdefghijkl"))
+            + "groups: *l\nlinks: []\nname: x\n",
+            "unknown key 'a'",
+        ),
         (SHORT.replace("A100-SXM-80GB", "A1000"), "not in the catalogue"),
     ],
 )

@@ -6,6 +6,7 @@ import datetime
 import functools
 import math
 import re
+import reprlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -316,7 +317,7 @@ def load_cluster(text: str) -> Cluster:
 
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
-        if _is_cyclic(data, ()):
+        if _is_cyclic(data, set(), set()):
             raise HardwareError(f"cluster file {path}: an anchor refers to itself", hint="write the group out")
     except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as problem:
         raise HardwareError(f"cluster file {path}: {str(problem).splitlines()[0]}") from None
@@ -332,15 +333,25 @@ def load_cluster(text: str) -> Cluster:
         raise HardwareError(f"cluster file {path}: {problem.message}", hint=problem.hint) from None
 
 
-def _is_cyclic(data: Any, above: tuple[int, ...]) -> bool:
+def _is_cyclic(data: Any, above: set[int], done: set[int]) -> bool:
+    """Whether a value holds itself; what is shared (an anchor used often) is looked at once."""
+    if id(data) in done:
+        return False
     if id(data) in above:
         return True
+    above.add(id(data))
     children = data.values() if isinstance(data, dict) else data if isinstance(data, list) else ()
-    return any(_is_cyclic(child, (*above, id(data))) for child in children)
+    found = any(_is_cyclic(child, above, done) for child in children if isinstance(child, dict | list))
+    above.discard(id(data))
+    done.add(id(data))
+    return found
 
 
 def _long_form(data: dict[str, Any]) -> dict[str, Any]:
     """The mapping with short groups (`part`) and links (`bandwidth_gbs`, `latency_us`) written out."""
+    for name in ("groups", "links"):
+        if not isinstance(data.get(name) or [], list):
+            raise ValueError(f"{name}: a list is needed, got {reprlib.repr(data[name])}")
     groups = []
     for group in data.get("groups") or ():
         if isinstance(group, dict) and isinstance(group.get("price_as_of"), datetime.date):

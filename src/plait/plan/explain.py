@@ -94,7 +94,7 @@ def explain(
             f"{_PARTS[n]} {100 * s / best.step_time_s:.0f} %" for n, s in shares.items() if s > 0.005 * best.step_time_s
         )
     )
-    waste = {n: s for n, s in shares.items() if n != "compute"}
+    waste = {n: s for n, s in shares.items() if n not in ("compute", largest)}
     second = max(waste, key=waste.__getitem__)
     binding = _RESOURCE[largest]
     lines.append(

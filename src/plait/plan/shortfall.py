@@ -39,5 +39,7 @@ def shortfall_error(short: Shortfall, cluster: Cluster) -> PlanError:
         f"{cluster.name} may use {gib(limit):.1f} GiB ({gib(short.excess):.1f} GiB short, {short.plan.spec()})\n\n"
         f"  in GiB: {shown}",
         hint=f"take devices with {math.ceil(factor * 10) / 10:g} times the memory, about "
-        f"{math.ceil(cluster.devices * factor)} devices of this kind, a smaller batch, or a smaller model",
+        f"{max(cluster.devices + 1, math.ceil(cluster.devices * factor))} devices of this kind, "
+        # Weights and optimizer state do not shrink with the batch.
+        f"{'a smaller batch, ' if parts.activations + parts.transient > 0.1 * parts.total else ''}or a smaller model",
     )

@@ -191,7 +191,7 @@ class Plan(Record):
 
         try:
             data = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as problem:
+        except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as problem:
             raise PlanError(f"plan file {path}: {str(problem).splitlines()[0]}") from None
         if isinstance(data, dict) and isinstance(data.get("plan"), dict):
             data = data["plan"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import reprlib
 import types
 import typing
 from typing import Any, Self
@@ -61,7 +62,7 @@ def _build(kind: Any, data: Any, where: str) -> Any:
         return _build_union(typing.get_args(kind), data, where)
     if origin is tuple:
         if not isinstance(data, list | tuple):
-            raise ValueError(f"{where}: a list is needed, got {data!r}")
+            raise ValueError(f"{where}: a list is needed, got {reprlib.repr(data)}")
         args = typing.get_args(kind)
         if len(args) == 2 and args[1] is Ellipsis:
             return tuple(_build(args[0], item, f"{where}[{i}]") for i, item in enumerate(data))
@@ -70,19 +71,21 @@ def _build(kind: Any, data: Any, where: str) -> Any:
         return tuple(_build(a, item, f"{where}[{i}]") for i, (a, item) in enumerate(zip(args, data, strict=True)))
     if origin is dict:
         if not isinstance(data, dict):
-            raise ValueError(f"{where}: a mapping is needed, got {data!r}")
+            raise ValueError(f"{where}: a mapping is needed, got {reprlib.repr(data)}")
         _, value_kind = typing.get_args(kind)
         return {str(key): _build(value_kind, item, f"{where}.{key}") for key, item in data.items()}
     if origin is typing.Literal:
         if data not in typing.get_args(kind):
-            raise ValueError(f"{where}: one of {', '.join(map(str, typing.get_args(kind)))} is needed, got {data!r}")
+            raise ValueError(
+                f"{where}: one of {', '.join(map(str, typing.get_args(kind)))} is needed, got {reprlib.repr(data)}"
+            )
         return data
     return _build_scalar(kind, data, where)
 
 
 def _build_record(kind: type[Record], data: Any, where: str) -> Any:
     if not isinstance(data, dict):
-        raise ValueError(f"{where}: a mapping is needed, got {data!r}")
+        raise ValueError(f"{where}: a mapping is needed, got {reprlib.repr(data)}")
     fields = {f.name: f for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
     hints = typing.get_type_hints(kind)
     unknown = sorted(set(data) - set(fields))
@@ -109,7 +112,7 @@ def _build_union(options: tuple[Any, ...], data: Any, where: str) -> Any:
             return _build(option, data, where)
         except ValueError as problem:
             problems.append(str(problem))
-    raise ValueError(problems[0] if problems else f"{where}: {data!r} does not fit")
+    raise ValueError(problems[0] if problems else f"{where}: {reprlib.repr(data)} does not fit")
 
 
 def _build_scalar(kind: Any, data: Any, where: str) -> Any:
@@ -117,4 +120,4 @@ def _build_scalar(kind: Any, data: Any, where: str) -> Any:
         return float(data)
     if kind is Any or (isinstance(data, kind) and not (kind in (int, float) and isinstance(data, bool))):
         return data
-    raise ValueError(f"{where}: {getattr(kind, '__name__', kind)} is needed, got {data!r}")
+    raise ValueError(f"{where}: {getattr(kind, '__name__', kind)} is needed, got {reprlib.repr(data)}")
