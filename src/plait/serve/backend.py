@@ -108,6 +108,10 @@ class Backend(ABC):
             return f"{self.name} has no {precision} here; it has {', '.join(self.precisions)}"
         return ""
 
+    def part(self, subject: Subject) -> Subject:
+        """The subject with the entry points that this backend has a use for; all of them unless it says otherwise."""
+        return subject
+
     def versions(self) -> dict[str, str]:
         """Package -> version, for the manifest."""
         found = {}

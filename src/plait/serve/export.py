@@ -291,7 +291,7 @@ class _Task:
     def _manifest(self, backend: Backend, precision: str, values: dict[str, Any]) -> Manifest:
         import plait
 
-        subject = self._prepared.subject
+        subject = backend.part(self._prepared.subject)
         facts = values.get("facts", {})
         return Manifest(
             backend=backend.name,

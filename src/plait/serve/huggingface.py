@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -58,6 +59,10 @@ class HuggingFace(Backend):
         if about.get("refused"):
             return f"{about['refused']}; --to torch writes its weights as safetensors under its own names"
         return super().refusal(subject, precision)
+
+    def part(self, subject: Subject) -> Subject:
+        """Transformers' models generate by themselves: `forward` alone."""
+        return replace(subject, entries={"forward": subject.entries["forward"]})
 
     def export(self, subject: Subject, folder: Path, precision: str) -> Mapping[str, Any]:
         """By transformers' own `save_pretrained`, then loaded again: every weight must be there, bit for bit."""
