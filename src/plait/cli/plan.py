@@ -11,7 +11,7 @@ import typer
 
 from plait.cli.clusters import ClusterName, cluster_of
 from plait.cli.options import Batch, Json, Target
-from plait.cli.output import only_result_on_stdout, show
+from plait.cli.output import only_result_on_stdout, plain_json, show
 
 __all__ = ["plan"]
 
@@ -36,6 +36,7 @@ def plan(
     json: Json = False,
 ) -> int:
     """Find the fastest plan that fits a model on a cluster, the runners-up, and why."""
+    from plait.cost.step import estimate
     from plait.plan.explain import explain as reasons
     from plait.plan.search import search
     from plait.plan.space import Space
@@ -53,23 +54,40 @@ def plan(
         if told.devices:
             result["other_device_counts"] = {str(count): seconds for count, seconds in told.devices.items()}
         if output is not None:
-            _write(output, target, where.name, result["plans"][0])
+            best = found.plans[0]
+            shown = estimate(graph, where, best.plan, best.batch, timeline=max(4, 1600 // best.plan.pp))
+            _write(output, target, where.name, result, shown)
     show(result, json, _text)
     if output is not None and not json:
         typer.echo(f"\nwritten to {output}")
     return 0
 
 
-def _write(path: Path, target: str, cluster: str, best: Mapping[str, Any]) -> None:
+def _write(path: Path, target: str, cluster: str, result: Mapping[str, Any], shown: Any) -> None:
+    """The plan; its estimate and, under `report`, what `plait report` shows of the search beside it."""
     import yaml
 
     from plait.errors import PlanError
 
-    data = {"target": target, "cluster": cluster, "plan": best["plan"], "estimate": best["estimate"]}
+    best, *others = result["plans"]
+    report = {
+        "memory": [parts.to_dict() for parts in shown.memory],
+        "timeline": [span.to_dict() for span in shown.timeline],
+        "alternatives": [_short(other["estimate"]) for other in others],
+        "pareto": [_short(entry["estimate"]) for entry in result["pareto"]],
+        "explanation": result["explanation"],
+        "notes": result["notes"],
+    }
+    data = {"target": target, "cluster": cluster, "plan": best["plan"], "estimate": best["estimate"], "report": report}
     try:
-        path.write_text(yaml.safe_dump(data, sort_keys=False), encoding="utf-8")
+        path.write_text(yaml.safe_dump(plain_json(data), sort_keys=False), encoding="utf-8")
     except OSError as problem:
         raise PlanError(f"plan file {path}: {problem.strerror}") from None
+
+
+def _short(estimate: Mapping[str, Any]) -> dict[str, Any]:
+    """What a table of plans shows of one."""
+    return {name: estimate[name] for name in ("spec", "step_time_s", "tokens_per_s", "peak_memory_gib", "usd_per_step")}
 
 
 def _text(result: Mapping[str, Any]) -> None:

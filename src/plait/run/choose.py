@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from plait.cost.step import estimate
 from plait.errors import PlanError
 from plait.plan.search import SearchResult, search
 from plait.plan.space import Space
@@ -40,10 +41,13 @@ def choose_in_process(target: str, devices: int, batch: int | None) -> Estimate:
         save_probe(probe)
     graph, own = graph_of(target)
     size = batch or own
-    result = search(graph, cluster_of(probe, devices), batch=size, precision="fp32", space=Space(executable=True))
+    cluster = cluster_of(probe, devices)
+    result = search(graph, cluster, batch=size, precision="fp32", space=Space(executable=True))
     for line in _told(result):
         say_on_stderr(line)
-    return _runnable(result, size)
+    chosen = _runnable(result, size)
+    # Once more with the first pieces of work of every rank, for `plait report`.
+    return estimate(graph, cluster, chosen.plan, size, timeline=80)
 
 
 def _runnable(result: SearchResult, batch: int) -> Estimate:

@@ -112,10 +112,15 @@ def run_train(
     if result is None:
         return None
     if chosen is not None:
+        from plait.hardware.calibrate import CLUSTER_FILE
+        from plait.hardware.local import local_cluster
         from plait.run.choose import side_by_side
 
         result["prediction"] = side_by_side(chosen, result["measured"])
         (folder / "prediction.json").write_text(json_module.dumps(result["prediction"], indent=1), encoding="utf-8")
+        # What the prediction was made for: `plait hardware probe --calibrate` corrects this cluster.
+        (folder / CLUSTER_FILE).write_text(local_cluster(chosen.plan.devices).to_json(), encoding="utf-8")
+    _write_summary(folder, result, chosen)
     return dict(result)
 
 
@@ -134,7 +139,7 @@ def _train_here(target: str, plan: Plan, folder: Path, data: Path | None, option
 
     job = load_target(target)
     if os.environ.get("RANK", "0") == "0":
-        _write_what_runs(folder, target)
+        _write_what_runs(folder, target, plan)
     text = getattr(job, "text", None)
     if text is not None and job.data is None:
         from plait.run.data import text_samples
@@ -145,12 +150,33 @@ def _train_here(target: str, plan: Plan, folder: Path, data: Path | None, option
     return train(job, plan, TrainOptions(run_dir=folder, **options))
 
 
-def _write_what_runs(folder: Path, target: str) -> None:
-    """Note in the run directory what is trained there, for `plait export` and whoever finds it later."""
-    folder.mkdir(parents=True, exist_ok=True)
-    aside = folder / f"run.json.{os.getpid()}"
-    aside.write_text(json_module.dumps({"target": target, "cwd": str(Path.cwd())}), encoding="utf-8")
-    aside.replace(folder / "run.json")
+def _write_what_runs(folder: Path, target: str, plan: Plan) -> None:
+    """Note in the run directory what is trained there, for `plait export`, `plait report` and whoever finds it later."""
+    import platform
+    from importlib.metadata import version
+
+    record = {
+        "target": target,
+        "cwd": str(Path.cwd()),
+        "plan": plan.to_dict(),
+        "began": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "machine": {"host": platform.node(), "system": platform.platform(), "cores": os.cpu_count()},
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in ("plait", "torch")}},
+    }
+    _write_json(folder / "run.json", record)
+
+
+def _write_summary(folder: Path, result: dict[str, Any], chosen: Estimate | None) -> None:
+    """What came of the run, for `plait report`: the result without the losses, which the log has, and the prediction."""
+    summary = {k: v for k, v in result.items() if k not in ("losses", "sample", "prediction")}
+    _write_json(folder / "summary.json", {**summary, "estimate": None if chosen is None else chosen.to_dict()})
+
+
+def _write_json(path: Path, record: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f"{path.name}.{os.getpid()}")
+    aside.write_text(json_module.dumps(record), encoding="utf-8")
+    aside.replace(path)
 
 
 def _verify_here(target: str, plan: Plan, steps: int, batch: int | None, seed: int) -> dict[str, Any]:
