@@ -92,6 +92,10 @@ def export(
             hint=f"--precision takes {', '.join(PRECISIONS)}",
         )
     sizes, counts = _numbers(batch, "batch"), _numbers(threads or _cores(), "threads")
+    if tune_record is not None:
+        from plait.serve.tune_record import Record
+
+        Record.read(Path(tune_record))  # a broken one is refused before anything is made
     from plait.serve.source import source_of
 
     tell("", "building the model")
@@ -114,7 +118,10 @@ def export(
     if tune or tune_record is not None:
         from plait.serve.tune import tuned
 
-        report["tuned"] = tuned(rows, out, sizes, tune, tune_goal, tune_accuracy, tune_record, tell)
+        try:
+            report["tuned"] = tuned(rows, out, sizes, tune, tune_goal, tune_accuracy, tune_record, tell)
+        except ServeError as problem:  # what was exported stays, and is told
+            report["tuned"] = {"error": problem.message, "hint": problem.hint}
     _write_report(out, report)
     return report
 

@@ -17,7 +17,7 @@ _MIB = 2**20
 def exit_status(report: Mapping[str, Any], asked: str) -> int:
     """1 if a backend that was tried failed; 2 if one that was asked for by name cannot be had; else 0."""
     states = [row["status"] for row in report["rows"]]
-    if "failed" in states or report.get("report_error"):
+    if "failed" in states or report.get("report_error") or report.get("tuned", {}).get("error"):
         return 1
     if not any(state in ("ok", "prepared") for state in states):
         return 2
@@ -55,6 +55,9 @@ def text(report: Mapping[str, Any]) -> None:
 
 
 def _tuned(console: Console, tuned: Mapping[str, Any]) -> None:
+    if "error" in tuned:
+        console.print(f"\nnot tuned: {tuned['error']}\n  hint: {tuned['hint']}", highlight=False)
+        return
     best = tuned["best"]
     parts = [f"threads={best['threads']}", f"batch={best['batch']}"]
     parts += [f"cores={','.join(map(str, best['cpus']))}"] if best["cpus"] else []
