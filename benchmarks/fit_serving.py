@@ -72,7 +72,7 @@ def main() -> None:
             else:
                 data[section][key] = float(f"{value:.4g}")
     data["provenance"] = {
-        "fit": f"benchmarks/fit_serving.py, {datetime.date.today()}, {len(figures)} rows marked `fitted` in served_figures.csv",
+        "fit": f"benchmarks/fit_serving.py, {datetime.datetime.now(datetime.UTC).date()}, {len(figures)} rows marked `fitted` in served_figures.csv",
         "fitted": "; ".join(" ".join(filter(None, row[:3])) for row in FREE),
         "fusion, link, collective": "general knowledge: fused kernels move half of eager's bytes, links reach 60 %, 8 us for a small all-reduce",
         "tpu latency": "about 1 us a hop of ICI: github:jax-ml/scaling-book, sharding.md",

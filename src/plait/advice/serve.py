@@ -419,5 +419,5 @@ def _told(answer: ServeAnswer, needs: Needs) -> str:
     found = answer.estimate
     return (
         f"{answer.name}: {found.latency * 1e3:,.1f} ms, first token {found.first_token * 1e3:,.0f} ms, {answer.hours:,.2f} h, "
-        f"${_usd(answer, needs):,.2f}"
+        f"${_usd(answer, needs):,.4g}"
     )

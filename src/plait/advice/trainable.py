@@ -91,29 +91,37 @@ def freeze(graph: Graph, trained: set[str]) -> Graph:
     reached: set[str] = set()
     segments: list[Segment] = []
     seen: dict[object, int] = {}
+    before = None
     for segment in graph.segments:
-        shared = segment.equals != segment.index and bool(segment.operators) and not _names_own(segment)
-        names = _renamed(graph, segment) if shared else {}
-        operators = tuple(_frozen(op, state, names, reached) for op in segment.operators)
+        _enter(before, segment, reached)
+        before = segment
+        operators = tuple(_frozen(op, state, reached) for op in _own_names(graph, segment))
         trains = tuple(state.get(n, False) for n in segment.parameters)
         key = (segment.equals, trains, tuple((op.backward_flops, op.saved_bytes) for op in operators))
         segments.append(replace(segment, operators=operators, equals=seen.setdefault(key, segment.index)))
     return replace(graph, parameters=parameters, segments=tuple(segments))
 
 
-def _names_own(segment: Segment) -> bool:
-    """Whether the operators name the segment's own parameters, and not those of the segment it equals."""
-    return all(name in segment.parameters for op in segment.operators for name in op.parameters)
+def _enter(before: Segment | None, segment: Segment, reached: set[str]) -> None:
+    """Carries over the border what needs a gradient: records that several segments share name their inputs otherwise."""
+    for out, name in zip(before.live_out if before else (), segment.live_in, strict=False):
+        if out.name in reached:
+            reached.add(name.name)
+        elif out.name != name.name:
+            reached.discard(name.name)
 
 
-def _renamed(graph: Graph, segment: Segment) -> dict[str, str]:
-    """From the names that a shared record uses to the segment's own, in order."""
-    return dict(zip(graph.segments[segment.equals].parameters, segment.parameters, strict=False))
+def _own_names(graph: Graph, segment: Segment) -> list[Operator]:
+    """The operators with the segment's own parameters, also where its record is shared with the segment it equals."""
+    if all(name in segment.parameters for op in segment.operators for name in op.parameters):
+        return list(segment.operators)
+    names = dict(zip(graph.segments[segment.equals].parameters, segment.parameters, strict=False))
+    return [replace(op, parameters=tuple(names.get(n, n) for n in op.parameters)) for op in segment.operators]
 
 
-def _frozen(op: Operator, state: Mapping[str, bool], names: Mapping[str, str], reached: set[str]) -> Operator:
+def _frozen(op: Operator, state: Mapping[str, bool], reached: set[str]) -> Operator:
     """`op` with the backward that is left; `reached` are the tensors that need a gradient, and grows."""
-    trained = [state.get(names.get(name, name), False) for name in op.parameters]
+    trained = [state.get(name, False) for name in op.parameters]
     upstream = any(x.name in reached for x in op.inputs)
     if upstream or any(trained):
         reached.update(x.name for x in op.outputs)
@@ -146,21 +154,21 @@ def lora(graph: Graph, rank: int) -> Graph:
     reached: set[str] = set()
     state = dict.fromkeys(specs, False)
     seen: dict[object, int] = {}
+    before = None
     for segment in graph.segments:
-        names = _renamed(graph, segment) if not _names_own(segment) else {}
+        _enter(before, segment, reached)
+        before = segment
         operators: list[Operator] = []
         own = list(segment.parameters)
-        for op in segment.operators:
+        for op in _own_names(graph, segment):
             weight = _adapted(op, specs)
             if weight is None:
-                operators.append(_frozen(op, state, names, reached))
+                operators.append(_frozen(op, state, reached))
                 continue
             upstream = any(x.name in reached for x in op.inputs)
-            operators.append(_frozen(op, state, names, reached))
+            operators.append(_frozen(op, state, reached))
             reached.update(x.name for x in op.outputs)
-            stem = names.get(weight.name, weight.name)
-            pair = _adapter(op, stem, rank, weight, size, upstream=upstream)
-            for extra, spec in pair:
+            for extra, spec in _adapter(op, rank, weight, size, upstream=upstream):
                 operators.append(extra)
                 added[spec.name] = spec
                 own.append(spec.name)
@@ -186,7 +194,7 @@ def _adapted(op: Operator, specs: Mapping[str, ParameterSpec]) -> ParameterSpec 
 
 
 def _adapter(
-    op: Operator, stem: str, rank: int, weight: ParameterSpec, size: int, *, upstream: bool
+    op: Operator, rank: int, weight: ParameterSpec, size: int, *, upstream: bool
 ) -> list[tuple[Operator, ParameterSpec]]:
     """The two thin matmuls beside `op`."""
     assert op.gemm is not None, "only matmuls with known sizes are adapted"
@@ -194,8 +202,8 @@ def _adapter(
     source, out = op.inputs[0], op.outputs[0]
     dtype = weight.dtype
     thin = TensorSpec(name=f"{op.name}.lora", shape=(*source.shape[:-1], rank), dtype=out.dtype)
-    down = ParameterSpec(name=f"{stem}.lora_down", shape=(rank, depth), dtype=dtype)
-    up = ParameterSpec(name=f"{stem}.lora_up", shape=(columns, rank), dtype=dtype)
+    down = ParameterSpec(name=f"{weight.name}.lora_down", shape=(rank, depth), dtype=dtype)
+    up = ParameterSpec(name=f"{weight.name}.lora_up", shape=(columns, rank), dtype=dtype)
     wide = TensorSpec(name=f"{op.name}.lora_out", shape=out.shape, dtype=out.dtype)
 
     def matmul(
