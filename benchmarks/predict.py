@@ -1,9 +1,10 @@
 """Predicted against measured on this computer: step time and memory of several plans, after the probe alone.
 
-    python benchmarks/predict.py [--steps 3] [--rounds 5] [--fresh-probe] [-o benchmarks/results/predict.md]
+    python benchmarks/predict.py [--batch 8] [--target T] [--devices 4] [--plans P...] [--rows rows.jsonl] [-o predict.md]
 
-All plans are built in the same four processes and take turns, a few steps each, round by round, so that they meet the same
-machine. Nothing is fitted to the measurements. The plan that `--plan auto` would pick is one of them.
+All plans of a run are built in the same processes and take turns, a few steps each, round by round, so that they meet the
+same machine. Nothing is fitted to the measurements. The plan that `--plan auto` would pick is one of them. With --rows, the
+rows are added to that file and the report is about all rows in it: one batch size a run keeps each run short.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import gc
+import json
 import os
 import platform
 import statistics
@@ -41,8 +43,6 @@ PLANS = [
     "fsdp=2,tp=2",
     "dp=2,fsdp=2,zero=2",
 ]
-BATCHES = (8, 16)
-DEVICES = 4
 
 
 def measure(target: str, cases: list[tuple[str, int]], rounds: int, steps: int) -> list[dict[str, Any]]:
@@ -88,60 +88,99 @@ def _held() -> int:
     return found[0]
 
 
-def main() -> None:
-    """Predict, measure, compare."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=3)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--fresh-probe", action="store_true")
-    parser.add_argument("-o", type=Path, default=None)
-    options = parser.parse_args()
-    probe = None if options.fresh_probe else load_probe()
+def compare(target: str, devices: int, batch: int, specs: list[str], rounds: int, steps: int) -> list[dict[str, Any]]:
+    """A row for each plan and for auto's: predicted and measured seconds and bytes."""
+    probe = load_probe()
     if probe is None:
         probe = probe_machine(say=print)
         save_probe(probe)
-    cluster = cluster_of(probe, DEVICES)
-    graph, _ = graph_of(TARGET)
-    cases: list[tuple[str, int]] = []
-    auto: dict[int, str] = {}
-    for batch in BATCHES:
-        found = search(graph, cluster, batch=batch, precision="fp32", space=Space(executable=True))
-        auto[batch] = found.best.bound(batch=batch).spec()
-        cases += [(spec, batch) for spec in dict.fromkeys([*PLANS, auto[batch]])]
-    with Workers(DEVICES, threads=1) as workers:
-        by_rank = workers.call(measure, TARGET, cases, options.rounds, options.steps, timeout=3000)
-    lines = [
-        "| plan | batch | predicted ms | measured ms | error | predicted MiB | measured MiB | error |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    time_errors, memory_errors, best, picked = [], [], dict.fromkeys(BATCHES, float("inf")), {}
-    for i, (spec, batch) in enumerate(cases):
-        plan = Plan.parse(spec).bound(batch=batch)
-        predicted = estimate(graph, cluster, plan, batch=batch)
-        seconds = statistics.median(max(r[i]["seconds"][k] for r in by_rank) for k in range(options.rounds))
-        held = max(r[i]["bytes"] for r in by_rank)
-        time_errors.append(predicted.step_time_s / seconds - 1)
-        memory_errors.append(predicted.peak_memory / held - 1)
-        best[batch] = min(best[batch], seconds)
-        if spec == auto[batch]:
-            picked[batch] = seconds
-        lines.append(
-            f"| {spec}{' (auto)' if spec == auto[batch] else ''} | {batch} | {1e3 * predicted.step_time_s:.0f} | "
-            f"{1e3 * seconds:.0f} | {100 * time_errors[-1]:+.0f} % | {predicted.peak_memory / 2**20:.0f} | "
-            f"{held / 2**20:.0f} | {100 * memory_errors[-1]:+.0f} % |"
+    cluster = cluster_of(probe, devices)
+    graph, _ = graph_of(target)
+    found = search(graph, cluster, batch=batch, precision="fp32", space=Space(executable=True))
+    auto = found.best.bound(batch=batch).spec()
+    cases = [(spec, batch) for spec in dict.fromkeys([*specs, auto])]
+    with Workers(devices, threads=1) as workers:
+        by_rank = workers.call(measure, target, cases, rounds, steps, timeout=600)
+    rows = []
+    for i, (spec, _) in enumerate(cases):
+        predicted = estimate(graph, cluster, Plan.parse(spec).bound(batch=batch), batch=batch)
+        rows.append(
+            {
+                "target": Path(target.partition(":")[0]).name + ":" + target.partition(":")[2],
+                "devices": devices,
+                "batch": batch,
+                "plan": spec,
+                "auto": spec == auto,
+                "seconds": statistics.median(max(r[i]["seconds"][k] for r in by_rank) for k in range(rounds)),
+                "predicted_seconds": predicted.step_time_s,
+                "bytes": max(r[i]["bytes"] for r in by_rank),
+                "predicted_bytes": predicted.peak_memory,
+                "rounds": rounds,
+                "steps": steps,
+                "date": f"{datetime.datetime.now().astimezone():%Y-%m-%d %H:%M}",
+            }
         )
-    summary = (
-        f"Mean error: time {100 * statistics.fmean(map(abs, time_errors)):.0f} %, memory "
-        f"{100 * statistics.fmean(map(abs, memory_errors)):.0f} %. The plan that auto picks, over the fastest: "
-        + ", ".join(f"{picked[b] / best[b]:.2f} at batch {b}" for b in BATCHES)
-        + "."
+    return rows
+
+
+def report(rows: list[dict[str, Any]]) -> str:
+    """Errors, and what auto's plan took over the fastest of its run, as Markdown."""
+    lines = [
+        "| model | devices | plan | batch | predicted ms | measured ms | error | predicted MiB | measured MiB | error |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((row["target"], row["devices"], row["batch"], row["date"]), []).append(row)
+        time_error, memory_error = _error(row, "seconds"), _error(row, "bytes")
+        lines.append(
+            f"| {row['target']} | {row['devices']} | {row['plan']}{' (auto)' if row['auto'] else ''} | {row['batch']} | "
+            f"{1e3 * row['predicted_seconds']:.0f} | {1e3 * row['seconds']:.0f} | {100 * time_error:+.0f} % | "
+            f"{row['predicted_bytes'] / 2**20:.0f} | {row['bytes'] / 2**20:.0f} | {100 * memory_error:+.0f} % |"
+        )
+    auto = [
+        f"{next(r['seconds'] for r in own if r['auto']) / min(r['seconds'] for r in own):.2f} "
+        f"({target}, {devices} devices, batch {batch})"
+        for (target, devices, batch, _), own in groups.items()
+    ]
+    first = rows[0]
+    return (
+        f"# Predicted and measured on one computer\n\nProcesses of one thread, gloo, {os.cpu_count()} cores, "
+        f"{platform.machine()}, {first['date'].partition(' ')[0]}; {first['rounds']} rounds of {first['steps']} steps of "
+        "every plan in turn, median of the slowest process. Parameters of the prediction come from `plait hardware probe` "
+        f"alone.\n\nMean error: time {_mean(rows, 'seconds'):.1f} %, memory {_mean(rows, 'bytes'):.1f} % "
+        f"({len(rows)} plans). Auto's plan over the fastest of its run: {'; '.join(auto)}.\n\n"
+        + "\n".join(lines)
+        + "\n"
     )
-    text = (
-        f"# Predicted and measured on one computer\n\nThe demo's GPT (10.9 million parameters), {DEVICES} processes of one "
-        f"thread, gloo, {os.cpu_count()} cores, {platform.machine()}, {datetime.datetime.now().astimezone():%Y-%m-%d}; "
-        f"{options.rounds} rounds of {options.steps} steps, median of the slowest process. Parameters of the prediction "
-        f"come from `plait hardware probe` alone.\n\n{summary}\n\n" + "\n".join(lines) + "\n"
-    )
+
+
+def _error(row: dict[str, Any], name: str) -> float:
+    return float(row[f"predicted_{name}"] / row[name] - 1)
+
+
+def _mean(rows: list[dict[str, Any]], name: str) -> float:
+    return 100 * statistics.fmean(abs(_error(row, name)) for row in rows)
+
+
+def main() -> None:
+    """Predict, measure, compare."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--target", default=TARGET)
+    parser.add_argument("--devices", type=int, default=4)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--plans", nargs="*", default=PLANS)
+    parser.add_argument("--steps", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rows", type=Path, default=None)
+    parser.add_argument("-o", type=Path, default=None)
+    options = parser.parse_args()
+    rows = compare(options.target, options.devices, options.batch, options.plans, options.rounds, options.steps)
+    if options.rows is not None:
+        with options.rows.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+        rows = [json.loads(line) for line in options.rows.read_text(encoding="utf-8").splitlines()]
+    text = report(rows)
     print(text)
     if options.o is not None:
         options.o.parent.mkdir(parents=True, exist_ok=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -107,6 +108,10 @@ def _yaml_text(result: Mapping[str, Any]) -> None:
 
 @app.command("probe")
 def probe(
+    more: Annotated[
+        list[Path] | None,
+        typer.Argument(metavar="RUN_DIR", help="Further runs for --calibrate.", show_default=False),
+    ] = None,
     output: Annotated[
         Path | None,
         typer.Option("-o", "--output", metavar="cluster.yaml", help="Write a cluster file.", show_default=False),
@@ -124,23 +129,30 @@ def probe(
     json: Json = False,
 ) -> int:
     """Measure this computer: matrix multiply, memory, collectives, threads. Takes about a minute."""
+    from plait.errors import HardwareError
     from plait.hardware.calibrate import calibrated, read_runs
     from plait.hardware.local import cluster_of
     from plait.hardware.probe import load_probe, probe_machine, save_probe
     from plait.schema import Cluster
 
+    if more and not calibrate:
+        raise HardwareError(f"hardware probe takes no argument {str(more[0])!r}", hint="write --calibrate RUN_DIR...")
+    calibrate = [*(calibrate or ()), *(more or ())]
     changes: dict[str, Any] = {}
     with only_result_on_stdout(json):
         measured = load_probe() if calibrate else None
+        runs = read_runs(calibrate) if calibrate else []
         if measured is None:
             measured = probe_machine(say=lambda line: print(f"  {line}", file=sys.stderr, flush=True))
             save_probe(measured)
-        count = devices or measured.cores
+        count = devices or (runs[0].cluster.devices if runs else measured.cores)
         cluster = (
             Cluster.load(str(output)) if calibrate and output and output.is_file() else cluster_of(measured, count)
         )
         if calibrate:
-            cluster, changes = calibrated(cluster, read_runs(calibrate))
+            cluster, changes = calibrated(cluster, runs)
+            if output is None:  # `train --plan auto` and `Nxcpu` use the kept probe
+                save_probe(replace(measured, factors={name: changes[name] for name in ("scale", "node")}))
         if output is not None:
             _write(output, cluster)
     result = {"probe": measured.to_dict(), "cluster": cluster.to_dict(), "calibration": changes}
@@ -172,8 +184,16 @@ def _probe_text(result: Mapping[str, Any]) -> None:
         )
     for note in measured["notes"]:
         typer.echo(f"  note: {note}")
-    for name, value in result["calibration"].items():
-        typer.echo(f"  {name}: {value}")
+    _calibration_text(result["calibration"])
+
+
+def _calibration_text(changes: Mapping[str, float]) -> None:
+    if changes:
+        typer.echo(
+            f"calibrated by {changes['runs']:.0f} runs: rates x {changes['scale']:.3f}, collectives x {changes['node']:.3f}\n"
+            f"  mean error of their predicted step time: {changes['error_before_pct']:.1f} % before, "
+            f"{changes['error_after_pct']:.1f} % after"
+        )
 
 
 @app.command("refresh")

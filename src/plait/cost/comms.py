@@ -44,6 +44,8 @@ class Hop:
     latency: float
     """Seconds for an empty message."""
     timings: tuple[Timing, ...] = ()
+    reached: float = 1.0
+    """Of the speed that the timings show; in `bandwidth` already."""
 
 
 def hops(cluster: Cluster, *, size: int, stride: int, efficiency: dict[str, float] | None = None,
@@ -65,11 +67,9 @@ def hops(cluster: Cluster, *, size: int, stride: int, efficiency: dict[str, floa
 
 
 def _hop(link: Link, members: int, efficiency: dict[str, float] | None, latency: dict[str, float] | None) -> Hop:
+    reached = (efficiency or {}).get(link.level, 1.0)
     return Hop(
-        members,
-        link.bandwidth * (efficiency or {}).get(link.level, 1.0),
-        link.latency * (latency or {}).get(link.level, 1.0),
-        link.timings,
+        members, link.bandwidth * reached, link.latency * (latency or {}).get(link.level, 1.0), link.timings, reached
     )
 
 
@@ -79,7 +79,7 @@ def _measured(collective: str, total: float, group: Sequence[Hop], messages: flo
         return None
     parts = max(1.0, messages)
     core, wait = interpolate(group[-1].timings, collective, group[-1].members, total / parts)
-    return parts * core, parts * wait
+    return parts * core / group[-1].reached, parts * wait / group[-1].reached
 
 
 def core_seconds(collective: str, total: float, group: Sequence[Hop], messages: float = 1) -> float:
@@ -178,13 +178,15 @@ def send(nbytes: float, cluster: Cluster, *, stride: int, count: int, efficiency
         return 0.0
     reach = stride * count
     link = next((link for link in cluster.links if link.size >= reach), cluster.links[-1])
-    if link.timings:
-        return interpolate(link.timings, "send", 2, nbytes)[1]
     hop = _hop(link, 2, efficiency, latency)
+    if hop.timings:
+        return interpolate(hop.timings, "send", 2, nbytes)[1] / hop.reached
     return nbytes / hop.bandwidth + hop.latency
 
 
-def send_core(nbytes: float, cluster: Cluster) -> float:
+def send_core(nbytes: float, cluster: Cluster, efficiency: dict[str, float] | None = None) -> float:
     """Seconds of a core that either side of a send spends; 0 where the link was not measured."""
-    timings = cluster.links[0].timings if cluster.links else ()
-    return interpolate(timings, "send", 2, nbytes)[0] if nbytes > 0 else 0.0
+    if not cluster.links or not cluster.links[0].timings or nbytes <= 0:
+        return 0.0
+    hop = _hop(cluster.links[0], 2, efficiency, None)
+    return interpolate(hop.timings, "send", 2, nbytes)[0] / hop.reached

@@ -138,7 +138,7 @@ class Model:
 
     def handling(self, nbytes: float) -> float:
         """Seconds of a core that a message between stages takes on either side, where the network was measured."""
-        return send_core(nbytes, self.cluster) if self.plan.pp > 1 else 0.0
+        return send_core(nbytes, self.cluster, self.efficiency) if self.plan.pp > 1 else 0.0
 
     def fresh_times(self, index: int, rank: int, choice: str) -> SegmentTimes:
         """As `times`, computed."""

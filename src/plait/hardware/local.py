@@ -158,7 +158,9 @@ def _efficiency(probe: Probe, rates: _Rates, count: int) -> dict[str, float]:
         "launch": 0.0,  # the host is the device: a kernel's time holds its start
         "launch_collective": 0.0,
         "step": step,
+        "node": 1.0,
         "messages": 1 / 4,  # plait sums gradients in buckets and gathers whole blocks, of several segments each
+        **probe.factors,
     }
 
 

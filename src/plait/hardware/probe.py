@@ -60,6 +60,8 @@ class Probe(Record):
     seconds: float
     figures: tuple[Measured, ...]
     notes: tuple[str, ...] = field(default_factory=tuple)
+    factors: dict[str, float] = field(default_factory=dict)
+    """What runs corrected since (`hardware.calibrate`): `scale` of the rates, `node` of the collectives."""
 
     def value(self, name: str) -> float:
         """The figure called `name`.
