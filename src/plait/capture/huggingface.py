@@ -21,7 +21,7 @@ from plait.capture.job import Job
 from plait.capture.pretrained import load_mapped
 from plait.errors import TargetError
 
-__all__ = ["TASKS", "TextNeeds", "TransformersJob", "transformers_job"]
+__all__ = ["CAPTURE_CHOICES", "TASKS", "TextNeeds", "TransformersJob", "transformers_job"]
 
 # Task -> (Auto class, its table of model types). The order is the order of preference; `_usual_task` has the exceptions.
 TASKS = {
@@ -48,6 +48,8 @@ _OWN = {"task": str, "seq_len": int, "samples": int, "lr": float}
 _NO_CACHE = {"use_cache": False}
 # Drawn by Python or numpy in training mode, outside the graph.
 _CHANCE = {"layerdrop": 0.0, "encoder_layerdrop": 0.0, "decoder_layerdrop": 0.0, "apply_spec_augment": False}
+CAPTURE_CHOICES = {**_NO_CACHE, **_CHANCE}
+"""Keys of a config that differ from what the folder or the type has, for capture's sake, and their values."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -286,7 +288,7 @@ def _fit_special_tokens(config: Any) -> None:
 
 def _quiet(config: Any, given: Mapping[str, str]) -> None:
     for part in (config, *_sub_configs(config).values()):
-        for key, value in {**_NO_CACHE, **_CHANCE}.items():
+        for key, value in CAPTURE_CHOICES.items():
             if hasattr(part, key) and not any(path.rpartition(".")[2] == key for path in given):
                 setattr(part, key, value)
 

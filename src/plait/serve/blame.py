@@ -13,6 +13,7 @@ __all__ = ["Blamed", "blame", "user_frame"]
 
 _FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\S+)\n\s*([^\n]*)')
 _OPERATOR = re.compile(r"\b(?:aten|torch\.ops\.aten|prims|higher_order)(?:[.:_]|::)+([a-z_0-9]+)")
+_NAMED = re.compile(r"\b(?:node|operator|operation|function|op)s?:? +[%'\"`]?([a-z_][a-z_0-9]*)", re.IGNORECASE)
 _WORD = re.compile(r"[A-Za-z_][A-Za-z_0-9]*")
 
 
@@ -32,13 +33,14 @@ def blame(text: str, program: torch.export.ExportedProgram) -> Blamed | None:
     words = _WORD.findall(text)
     by_name = {node.name: node for node in nodes}
     # A node's own name tells one operator from its likes; names such as `add` are also plain words, so they need a number.
+    named = set(_NAMED.findall(text))
     for word in words:
-        if word in by_name and (word[-1].isdigit() or f"%{word}" in text):
+        if word in by_name and (word[-1].isdigit() or f"%{word}" in text or word in named):
             return _blamed(by_name[word])
     kinds: dict[str, Any] = {}
     for node in nodes:
         kinds.setdefault(_kind(node), node)
-    for found in _OPERATOR.findall(text):
+    for found in (*_OPERATOR.findall(text), *sorted(named)):
         for kind in (
             found,
             found.strip("_"),

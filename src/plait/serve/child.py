@@ -13,7 +13,7 @@ import sys
 import traceback
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +44,6 @@ class Request:
     """Whether torch.compile is timed, too."""
     task: str = "export"
     """`export`; `serve`: load the finished artefact as a server would, and say how much memory it takes; `time`: time it."""
-    search_path: tuple[str, ...] = field(default_factory=tuple)
-    """Where the user's code is imported from."""
 
 
 class Report:
@@ -127,7 +125,7 @@ def _export(request: Request, report: Report) -> None:
 
     torch.set_num_threads(max(request.threads))
     backend = backend_at(request.backend)
-    subject = Subject.read(Path(request.subject))
+    subject = backend.part(Subject.read(Path(request.subject)))
     report.set(stage="looking", expected=backend.status, keeps=backend.keeps)
     missing = backend.missing()
     if missing:
@@ -186,7 +184,8 @@ def _time(request: Request, report: Report) -> None:
     from plait.serve.registry import backend_at
     from plait.serve.timing import time_all
 
-    backend, subject, folder = backend_at(request.backend), Subject.read(Path(request.subject)), Path(request.artefact)
+    backend, folder = backend_at(request.backend), Path(request.artefact)
+    subject = backend.part(Subject.read(Path(request.subject)))
     facts: Mapping[str, Any] = {}
     if backend.keeps:
         from plait.serve.manifest import Manifest
@@ -206,8 +205,8 @@ def _serve(request: Request, report: Report) -> None:
     subject = Subject.read(Path(request.subject))
     before = _fresh_peak()
     served = load(request.artefact, threads=max(request.threads))
-    for name, entry in subject.entries.items():
-        samples = [s for s in entry.samples if serves(s.sizes, served.manifest.facts)]
+    for name in served.manifest.entries:
+        samples = [s for s in subject.entries[name].samples if serves(s.sizes, served.manifest.facts)]
         sample = max(samples, key=lambda s: s.sizes.get("batch", 0))
         served.entry(name)(*subject.inputs(sample, name))
     report.set(status="ok", before_bytes=before, serving_bytes=_high_water())

@@ -69,7 +69,7 @@ def _environment(request: Request, interpreter: str, folder: Path) -> dict[str, 
         environment.pop(name, None)
     if interpreter == sys.executable:
         # The child finds what this process finds, the user's own modules too.
-        environment["PYTHONPATH"] = os.pathsep.join(dict.fromkeys([*request.search_path, *filter(None, sys.path)]))
+        environment["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(filter(None, sys.path)))
     else:
         # Another environment has packages of its own and gets plait alone.
         alone = folder / "plait-alone"

@@ -90,6 +90,7 @@ def _of_job(job: Job, name: str, text: str, recipe: dict[str, Any]) -> Source:
     if isinstance(job.model, nn.Module):
         module, random = job.model, False
     else:
+        _refuse_too_large(job)
         module = built(job, 0)
         random = _differs(module, built(job, 1))
     name = name or job.name or type(module).__name__
@@ -108,6 +109,24 @@ def built(job: Job, seed: int) -> nn.Module:
     if not isinstance(module, nn.Module):
         raise TargetError(f"job: model() gave a {type(module).__name__}, not a torch.nn.Module")
     return module
+
+
+def _refuse_too_large(job: Job) -> None:
+    """Exporting holds about four copies of the weights at a time: two here, two in a runtime's process."""
+    from plait.capture.build import build
+
+    module = build(job, seed=0, values=False).module
+    need = 4 * sum(p.numel() * p.element_size() for p in module.parameters())
+    try:
+        text = Path("/proc/meminfo").read_text(encoding="utf-8")
+        available = int(text.split("MemAvailable:")[1].split()[0]) * 1024
+    except (OSError, IndexError, ValueError):
+        return  # a system that does not say
+    if need > available:
+        raise TargetError(
+            f"export: the model needs about {need / 2**30:.1f} GiB while it is exported, {available / 2**30:.1f} GiB are free",
+            hint="export a smaller one, or on a machine with more memory",
+        )
 
 
 def _differs(one: nn.Module, other: nn.Module) -> bool:
