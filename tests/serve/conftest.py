@@ -91,12 +91,24 @@ class Refuses(Program):
         raise RuntimeError("no conversion for aten::gelu")
 
 
+class Static(Program):
+    """Takes programs of one length alone."""
+
+    name = "static"
+
+    def export(self, subject, folder, precision):
+        sizes = [s for n in subject.program().graph.nodes if n.op == "placeholder" for s in n.meta["val"].shape[1:2]]
+        if any(not isinstance(size, int) for size in sizes):
+            raise RuntimeError("a length has to be a number")
+        return super().export(subject, folder, precision)
+
+
 class Absent(Program):
     name = "absent"
     extra = "absent"
     imports = ("a_package_that_is_not_there",)
 '''
-NAMES = ("Program", "Aborts", "Sleeps", "Full", "Wrong", "Forgets", "Refuses", "Absent")
+NAMES = ("Program", "Aborts", "Sleeps", "Full", "Wrong", "Forgets", "Refuses", "Static", "Absent")
 
 
 @pytest.fixture

@@ -144,6 +144,21 @@ def test_each_failure_stays_its_own(more_backends, tmp_path):
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["program", "report.json"]
 
 
+def test_sizes_are_closed_where_a_runtime_cannot_leave_them_open(more_backends, tmp_path):
+    """It serves the sample's length with any batch, says so and why, and refuses others."""
+    report = plait.export(
+        Tagger(), "static", inputs=tagger_batch(), output=tmp_path, batch=(1, 3), threads=1, seconds=0
+    )
+    row = report["rows"][0]
+    served = plait.serve.load(tmp_path / "static", threads=1)
+
+    assert row["status"] == "ok", row
+    assert row["facts"]["note"] == "serves length 12 only (a length has to be a number)"
+    assert served(*tagger_batch(3, 12))["logits"].shape == (3, 12, 5)
+    with pytest.raises(ServeError, match="length 12 to 12"):
+        served(*tagger_batch(3, 8))
+
+
 def test_a_backend_that_hangs_is_stopped(more_backends, tmp_path):
     """At its time limit, and the report says what it was doing."""
     report = plait.export(mlp_job(), "sleeps", output=tmp_path, batch=2, threads=1, seconds=0, limit=6)
@@ -302,3 +317,12 @@ def test_a_full_disk_leaves_nothing_under_the_final_name(tmp_path):
     assert "Traceback" not in done.stderr
     assert "disk" in done.stdout + done.stderr
     assert not (tmp_path / "out" / "torch").exists()
+
+
+def test_a_model_that_memory_does_not_hold_is_refused():
+    """Before it is built."""
+    pytest.importorskip("transformers")
+    with pytest.raises(TargetError, match=r"needs about \d+\.\d GiB while it is exported"):
+        plait.export(
+            "hf:llama?hidden_size=16384&num_hidden_layers=64&intermediate_size=65536&num_attention_heads=64", "torch"
+        )
