@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 from plait.errors import RequestError
 from plait.report.sources import PARTS, Report, Work
@@ -62,7 +62,7 @@ def charts(report: Report) -> list[Chart]:
          1.2 + 0.34 * min(_RANKS, 1 + max((w.rank for w in report.timeline), default=0))),
         (len(report.alternatives) > 1, "Plans", "Step time and memory of the plan and of those behind it.", _plans, 3.0),
     ]  # fmt: skip
-    with mpl.rc_context(_SETTINGS):
+    with mpl.rc_context(cast(Any, _SETTINGS)):
         return [
             (title, caption, _svg(draw, report, 9.0, height), _svg(draw, report, 4.3, height + 0.5))
             for show, title, caption, draw, height in wanted
@@ -199,11 +199,11 @@ def _memory(axes: Any, report: Report) -> None:
         if any(widths):
             axes.barh(rows, widths, left=left, color=_COLOURS[number], label=part, height=0.62)
             left = [a + b for a, b in zip(left, widths, strict=True)]
-    labels = [f"stage {i}" for i in range(len(stages))]
+    labels = [f"pipeline rank {i}" for i in range(len(stages))]
     if report.memory_measured:
         ranks = report.memory_measured[:_RANKS]
         if stages:
-            labels = [f"predicted, {label}" for label in labels]
+            labels = [f"predicted, pp {i}" for i in range(len(stages))]
         places = [len(stages) + 0.25 + i for i in range(len(ranks))]
         axes.barh(
             places, [value / scale for value in ranks], color="#b7c0ca", height=0.62, label="measured, in tensors"
@@ -240,7 +240,7 @@ def _timeline(axes: Any, report: Report) -> None:
             width = scale * (work.end - work.start)
             axes.broken_barh([(scale * work.start, width)], (work.rank - 0.4, 0.8), facecolor=_KIND.get(kind, _COLOURS[7]),
                              edgecolor="white", linewidth=0.5)  # fmt: skip
-            if width > narrowest:
+            if width > narrowest and kind in ("forward", "backward", "weight"):
                 axes.text(scale * work.start + width / 2, work.rank, str(work.microbatch), ha="center", va="center",
                           fontsize=8, color="white")  # fmt: skip
     axes.set_yticks(range(ranks), [f"rank {i}" for i in range(ranks)])
@@ -257,7 +257,8 @@ def _timeline(axes: Any, report: Report) -> None:
 def _plans(axes: Any, report: Report) -> None:
     front = sorted(_points_of(report.pareto))
     if len(front) > 1:
-        axes.plot([x for x, _ in front], [y for _, y in front], color=_COLOURS[1], linewidth=1.2, label="Pareto front")
+        xs, ys = zip(*front, strict=True)
+        axes.plot(xs, ys, ".-", color=_COLOURS[1], linewidth=1.2, label="Pareto front")
         axes.legend(frameon=False)
     for number, (x, y) in enumerate(_points_of(report.alternatives), 1):
         axes.plot([x], [y], "o", color=_COLOURS[0] if number == 1 else _COLOURS[6], markersize=8 if number == 1 else 6)

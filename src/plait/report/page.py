@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
 from html import escape
 from pathlib import Path
@@ -28,7 +28,7 @@ h2 { font-size: 1.15rem; margin: 0 0 .2rem; }
 header p { margin: .2rem 0 1rem; }
 section { background: #fff; border: 1px solid var(--line); border-radius: 8px; padding: 1rem 1.1rem; margin: 0 0 1rem; }
 .caption { margin: 0 0 .6rem; font-size: .92rem; }
-.facts { display: grid; grid-template-columns: repeat(auto-fill, minmax(11rem, 1fr)); gap: .7rem 1.2rem; margin: 0; }
+.facts { display: grid; grid-template-columns: repeat(auto-fill, minmax(8.5rem, 1fr)); gap: .7rem 1.2rem; margin: 0; }
 .facts div { min-width: 0; }
 .facts .wide { grid-column: 1 / -1; }
 dt { color: var(--soft); font-size: .82rem; }
@@ -43,10 +43,12 @@ th { color: var(--soft); font-weight: 600; white-space: nowrap; }
 td.number, th.number { text-align: right; white-space: nowrap; }
 tr:last-child td { border-bottom: 0; }
 code { font: .9em ui-monospace, "DejaVu Sans Mono", monospace; overflow-wrap: anywhere; }
+td code { display: inline-block; min-width: 12.5rem; }
 .good { color: var(--good); } .bad { color: var(--bad); }
 ul { margin: .2rem 0 0; padding-left: 1.2rem; } li { overflow-wrap: anywhere; }
 @media (max-width: 40rem) {
   main { padding: 1rem .6rem 2rem; } section { padding: .8rem; }
+  table { font-size: .82rem; } th, td { padding-right: .45rem; }
   .wide-only { display: none; } .narrow { display: block; }
 }
 @media print { body { background: #fff; } section { break-inside: avoid; } }
@@ -158,23 +160,28 @@ def _shown(name: str, value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if not isinstance(value, int | float):
-        return str(value)
-    match name:
-        case "step_time_s" | "seconds":
-            return format_seconds(value)
-        case "peak_memory_gib":
-            return format_bytes(value * 2**30)
-        case "peak_memory":
-            return format_bytes(value)
-        case "parameters":
-            return format_count(value)
-        case "mfu":
-            return f"{100 * value:.1f} %"
-        case "usd_per_step":
-            return f"${1000 * value:.3g}"
-        case "loss" | "evaluation_loss":
-            return f"{value:.4g}"
+        return str(value).replace("T", " ").replace("+00:00", " UTC") if name == "began" else str(value)
+    if name in _UNITS:
+        return _UNITS[name](value)
     return f"{value:,.0f}" if abs(value) >= 100 or value == int(value) else f"{value:.3g}"
+
+
+def _dollars(usd: float) -> str:
+    """Of a thousand steps."""
+    return f"${1000 * usd:,.2f}" if 1000 * usd >= 1 else f"${1000 * usd:.2g}"
+
+
+_UNITS: dict[str, Callable[[float], str]] = {
+    "step_time_s": format_seconds,
+    "seconds": format_seconds,
+    "peak_memory": format_bytes,
+    "peak_memory_gib": lambda value: format_bytes(value * 2**30),
+    "parameters": format_count,
+    "mfu": lambda value: f"{100 * value:.1f} %",
+    "usd_per_step": _dollars,
+    "loss": lambda value: f"{value:.4g}",
+    "evaluation_loss": lambda value: f"{value:.4g}",
+}
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]], numbers: int = 1) -> str:
@@ -193,7 +200,7 @@ def _comparison(report: Report) -> str:
     names = [
         name
         for name in ("step_time_s", *PARTS, "communication_hidden", "tokens_per_s", "peak_memory")
-        if report.predicted.get(name) or report.measured.get(name)
+        if max(report.predicted.get(name, 0.0), report.measured.get(name, 0.0)) > 1e-7  # s; what is less is nothing
     ]
     if not names:
         return ""
@@ -223,6 +230,8 @@ def _alternatives(report: Report, chart: Chart | None) -> str:
     if len(report.alternatives) < 2:
         return ""
     front = {row["spec"] for row in report.pareto}
+    listed = {row["spec"] for row in report.alternatives}
+    everything = [*report.alternatives, *(row for row in report.pareto if row["spec"] not in listed)]
     rows = [
         [
             str(number),
@@ -230,9 +239,9 @@ def _alternatives(report: Report, chart: Chart | None) -> str:
             format_seconds(row["step_time_s"]),
             format_bytes(row["peak_memory_gib"] * 2**30),
             f"{row['tokens_per_s']:,.0f}" if "tokens_per_s" in row else "",
-            f"${1000 * row['usd_per_step']:.3g}" if "usd_per_step" in row else "",
+            _dollars(row["usd_per_step"]) if "usd_per_step" in row else "",
         ]
-        for number, row in enumerate(report.alternatives, 1)
+        for number, row in enumerate(everything, 1)
     ]
     table = _table(("", "plan", "step", "memory", "tokens/s", "1000 steps"), rows, numbers=2)
     star = " * is on the front of step time and memory." if front else ""

@@ -107,13 +107,14 @@ def _run(folder: Path) -> Report:
     _read_estimate(estimate, report)
     report.plan = _plan(record.get("plan")) or _plan(estimate.get("plan"))
     target = record.get("target")
-    report.facts = {
+    facts = {
         "target": target,
         "plan": report.plan.spec() if report.plan else summary.get("plan"),
         **{name: summary.get(name) for name in ("devices", "batch", "parameters", "steps", "loss", "evaluation_loss")},
         **{name: summary.get(name) for name in ("seconds", "tokens_per_s", "samples_per_s")},
         "began": record.get("began"),
     }
+    report.facts = _finite(facts)
     if not summary:
         report.notes.append("the run has not ended, or was stopped: it left no summary")
         report.facts["steps"] = report.losses[-1][0] if report.losses else None
@@ -140,9 +141,9 @@ def _read_log(path: Path, report: Report) -> None:
         except (ValueError, KeyError, TypeError, RecursionError):
             broken += 1
             continue
-        _put(losses, step, entry.get("loss"))
+        _put(losses, step, entry.get("loss"), least=-math.inf)
         _put(speeds, step, entry.get("tokens_per_s") or entry.get("samples_per_s"))
-        _put(evaluations, step, entry.get("evaluation_loss"))
+        _put(evaluations, step, entry.get("evaluation_loss"), least=-math.inf)
         if "loss" in entry and step not in losses:
             report.notes.append(f"the loss of step {step} is not a finite number")
     if total and broken == total:
@@ -178,11 +179,12 @@ def _plan_file(path: Path) -> Report:
     data = _mapping(yaml.safe_load(_text(path)))
     more, estimate = _mapping(data.get("report")), _mapping(data.get("estimate"))
     target = data.get("target")
-    report = Report(title=str(target) if isinstance(target, str) else path.name, kind="plan", plan=loaded)
+    title = target.partition("?")[0].rpartition("/")[2] if isinstance(target, str) else ""
+    report = Report(title=title or path.name, kind="plan", plan=loaded)
     _read_estimate({**estimate, "memory": more.get("memory"), "timeline": more.get("timeline")}, report)
     report.alternatives = _plans([estimate, *_list(more.get("alternatives"))])
     report.pareto = _plans(_list(more.get("pareto")))
-    report.facts = {
+    facts = {
         "target": target,
         "cluster": data.get("cluster"),
         "plan": loaded.spec(),
@@ -190,6 +192,7 @@ def _plan_file(path: Path) -> Report:
         **{n: estimate.get(n) for n in ("batch", "step_time_s", "tokens_per_s", "mfu", "peak_memory_gib", "fits")},
         "usd_per_step": estimate.get("usd_per_step"),
     }
+    report.facts = _finite(facts)
     report.notes += [str(line) for line in (*_list(more.get("explanation")), *_list(estimate.get("notes")))]
     if not estimate:
         report.notes.append("the file holds a plan alone: `plait plan -o` writes its estimate beside it")
@@ -228,7 +231,7 @@ def _read_estimate(data: Mapping[str, Any], report: Report) -> None:
         span = _mapping(row)
         start, end = _number(span.get("start")), _number(span.get("end"))
         rank, microbatch = span.get("rank"), span.get("microbatch")
-        if start is None or end is None or end < start or not isinstance(rank, int) or not 0 <= rank < 4096:
+        if start is None or end is None or not 0 <= start < end or not isinstance(rank, int) or not 0 <= rank < 4096:
             continue
         number = microbatch if isinstance(microbatch, int) else 0
         report.timeline.append(Work(rank, str(span.get("kind", ""))[:20], number, start, end))
@@ -295,10 +298,17 @@ def _number(value: Any) -> float | None:
 
 
 def _numbers(value: Any) -> list[float]:
-    return [n for item in _list(value) if (n := _number(item)) is not None]
+    return [n for item in _list(value) if (n := _number(item)) is not None and n >= 0]
 
 
-def _put(where: dict[Any, float], name: Any, value: Any) -> None:
-    """Keep a finite number under `name`."""
-    if (number := _number(value)) is not None:
+def _put(where: dict[Any, float], name: Any, value: Any, *, least: float = 0.0) -> None:
+    """Keep a finite number under `name`: times, sizes and rates are never below 0."""
+    if (number := _number(value)) is not None and number >= least:
         where[name] = number
+
+
+def _finite(facts: dict[str, Any]) -> dict[str, Any]:
+    """Without numbers that are none, and what a page has no words for."""
+    return {
+        name: value for name, value in facts.items() if isinstance(value, bool | str) or (_number(value) is not None)
+    }
