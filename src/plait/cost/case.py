@@ -64,6 +64,8 @@ def case_of(row: Row, calibration: Calibration) -> Case:
         SkipRow: something is missing that cannot be filled in.
     """
     filled: list[str] = []
+    if not row.text("accelerator") and not row.text("accelerator_as_printed"):
+        raise SkipRow("accelerator is not given")
     try:
         part = find(row.text("accelerator") or row.text("accelerator_as_printed"))
     except PlaitError as problem:

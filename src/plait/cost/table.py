@@ -19,7 +19,7 @@ COLUMNS = (*_TEXTS, *_NUMBERS)
 _NEEDED = (("accelerator", "accelerator_as_printed"), ("layers",), ("hidden",), ("seq_len",), ("n_accelerators",),
            ("global_batch",))  # fmt: skip
 _WHOLE = frozenset(_NUMBERS[1:20]) - {"params_b"}
-_MOST = {"params_b": 1e6, "layers": 1e5, "hidden": 1e7, "seq_len": 1e9, "n_accelerators": 1e7, "mfu_pct": 1e3}
+_MOST = {"params_b": 1e6, "layers": 1e4, "hidden": 1e7, "seq_len": 1e9, "n_accelerators": 1e7, "mfu_pct": 1e3}
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +63,7 @@ def read_table(path: Path | str) -> list[Row]:
     """
     path = Path(path)
     try:
-        with path.open(encoding="utf-8", newline="") as file:
+        with path.open(encoding="utf-8-sig", newline="") as file:  # spreadsheets write a byte order mark
             reader = csv.DictReader(file)
             header = [name.strip() for name in reader.fieldnames or ()]
             reader.fieldnames = header
