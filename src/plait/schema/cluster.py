@@ -13,6 +13,7 @@ __all__ = ["LEVELS", "Cluster", "Device", "Group", "Link"]
 
 LEVELS = ("device", "node", "rack", "site")
 
+_MOST_DEVICES = 10**7
 _ABSURD = {"memory_bytes": 2**50, "memory_bandwidth": 1e18, "power_w": 1e6, "bandwidth": 1e16, "peak_flops": 1e21}
 
 
@@ -128,6 +129,11 @@ class Group(Record):
     def __post_init__(self) -> None:
         if self.count < 1:
             raise HardwareError(f"group {self.device.name}: count={self.count} must be at least 1")
+        if self.count > _MOST_DEVICES:
+            raise HardwareError(
+                f"group {self.device.name}: count={self.count} is not a believable number of devices",
+                hint=f"at most {_MOST_DEVICES:,} are planned for",
+            )
         _check_figure(f"group {self.device.name}", "usd_per_hour", self.usd_per_hour, zero=True)
 
 
