@@ -189,11 +189,17 @@ class Decoder:
             if _is_cut(at, self.dims(parents[0])[0]):
                 break
             at = parents[0]
-            if _size(at) < _size(best):
+            if self._is_plain(at) and (not self._is_plain(best) or _size(at) < _size(best)):
                 best = at
-        if len(self.dims(best)) != 1:
-            self.refuse(node, "its keys or values have no single dim of positions")
+        if not self._is_plain(best):
+            self.refuse(node, "its keys or values have no shape of batch, positions and fixed sizes")
         self.points[best] = self.dims(best)[0]
+
+    def _is_plain(self, node: fx.Node) -> bool:
+        """Whether a tensor has one dim of positions, and beside it the batch and fixed sizes only."""
+        sizes: list[Any] = list(node.meta["val"].shape)
+        others = [s for s in sizes if isinstance(s, torch.SymInt) and s.node.expr not in (self.length, self.batch)]
+        return len(self.dims(node)) == 1 and not others
 
     def refuse(self, node: fx.Node, why: str) -> NoReturn:
         """Say which operator it is that cannot run at one position, and where it stands."""

@@ -72,8 +72,6 @@ def _spec(source: Decoder, node: fx.Node, name: str, capacity: int) -> CacheSpec
     shape: list[int | str] = []
     for i, size in enumerate(value.shape):
         is_batch = isinstance(size, torch.SymInt) and size.node.expr == source.batch
-        if i != source.points[node] and isinstance(size, torch.SymInt) and not is_batch:
-            source.refuse(node, "a cached tensor has a size that depends on the inputs in another way")
         shape.append(capacity if i == source.points[node] else "batch" if is_batch else int(size))
     return CacheSpec(name, tuple(shape), source.points[node], value.dtype)
 
