@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from plait.serve.backend import Artefact, Backend, Runner
+from plait.serve.ladder import at_batch, filled_up, ladder, sample_of
 from plait.serve.own_environment import interpreter_of, missing_in
-from plait.serve.subject import Entry, Subject
+from plait.serve.subject import Subject
 
 if TYPE_CHECKING:
     import torch
@@ -60,12 +61,12 @@ class LiteRt(Backend):
             options: dict[str, Any] = {}
             module: Any = program.module(check_guards=False)
             if precision == "int8":
-                module, options = _quantised(module, program, subject, name)
-            inputs = tuple(subject.inputs(_exported(subject, entry), name))
+                module, options = _quantised(module, subject, name)
+            inputs = tuple(subject.inputs(sample_of(subject, entry), name))
             converter: Any = litert_torch
             with contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
-                for size in _ladder(subject, entry):
-                    converter = converter.signature(f"b{size}", _Static(module), _at_batch(inputs, entry, size))
+                for size in ladder(subject, entry):
+                    converter = converter.signature(f"b{size}", _Static(module), at_batch(inputs, entry, size))
                 converter.convert(**options).export(str(folder / f"{name}.tflite"))
         return {}
 
@@ -76,7 +77,7 @@ class LiteRt(Backend):
 
         path = artefact.folder / f"{artefact.entry.name}.tflite"
         interpreter = Interpreter(model_path=str(path), num_threads=artefact.threads)
-        ladder = sorted(int(key.removeprefix("b")) for key in interpreter.get_signature_list())
+        steps = sorted(int(key.removeprefix("b")) for key in interpreter.get_signature_list())
         runners: dict[int, Any] = {}
         wanted = [getattr(torch, spec.dtype) for spec in artefact.entry.outputs]
         batched = [bool(spec.shape) and spec.shape[0] == "batch" for spec in artefact.entry.inputs]
@@ -84,17 +85,17 @@ class LiteRt(Backend):
 
         def run(inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
             sizes = [len(value) for value, is_batched in zip(inputs, batched, strict=True) if is_batched]
-            have = sizes[0] if sizes else ladder[0]
-            size = next((step for step in ladder if step >= have), None)
+            have = sizes[0] if sizes else steps[0]
+            size = next((step for step in steps if step >= have), None)
             if size is None:
-                raise ValueError(f"a batch of {have}, and the file serves at most {ladder[-1]}")
+                raise ValueError(f"a batch of {have}, and the file serves at most {steps[-1]}")
             if size not in runners:
                 runners[size] = interpreter.get_signature_runner(f"b{size}")
             runner = runners[size]
             details = runner.get_input_details()
             given = {}
             for index, (value, is_batched) in enumerate(zip(inputs, batched, strict=True)):
-                filled = _filled(value, size) if is_batched and len(value) < size else value
+                filled = filled_up(value, size) if is_batched and len(value) < size else value
                 given[f"args_{index}"] = filled.detach().numpy().astype(details[f"args_{index}"]["dtype"], copy=False)
             results = runner(**given)
             outputs = []
@@ -126,43 +127,7 @@ def _Static(module: Any) -> Any:  # noqa: N802  a class that needs torch to exis
     return Static()
 
 
-def _exported(subject: Subject, entry: Entry) -> Any:
-    fitting = (s for s in entry.samples if all(s.sizes.get(name) == size for name, size in subject.closed.items()))
-    return next(fitting)
-
-
-def _ladder(subject: Subject, entry: Entry) -> list[int]:
-    """Batch sizes that the file holds."""
-    if "batch" in subject.closed or "batch" not in entry.dims:
-        return [int(subject.closed.get("batch", _exported(subject, entry).sizes.get("batch", 1)))]
-    least, most = entry.dims["batch"]
-    steps = {least, most}
-    size = 1
-    while size < most:
-        steps |= {size} if size >= least else set()
-        size *= 4
-    return sorted(steps)
-
-
-def _at_batch(inputs: tuple[torch.Tensor, ...], entry: Entry, size: int) -> tuple[torch.Tensor, ...]:
-    """The inputs cut or repeated to a batch size."""
-    made = []
-    for value, spec in zip(inputs, entry.inputs, strict=True):
-        if not spec.shape or spec.shape[0] != "batch":
-            made.append(value)
-            continue
-        repeats = -(-size // len(value))
-        made.append(value.repeat(repeats, *[1] * (value.dim() - 1))[:size].contiguous())
-    return tuple(made)
-
-
-def _filled(value: torch.Tensor, size: int) -> torch.Tensor:
-    import torch
-
-    return torch.cat([value, value[-1:].expand(size - len(value), *value.shape[1:])])
-
-
-def _quantised(module: Any, program: Any, subject: Subject, name: str) -> tuple[Any, dict[str, Any]]:
+def _quantised(module: Any, subject: Subject, name: str) -> tuple[Any, dict[str, Any]]:
     """Weights of linear layers as int8, their inputs quantised as they come."""
     import torch
     from litert_torch.quantize.pt2e_quantizer import PT2EQuantizer, get_symmetric_quantization_config
