@@ -226,6 +226,8 @@ def test_every_figure_can_be_traced():
         inputs["tokens"] / inputs["tokens_per_s"] / 3600 * inputs["usd_per_hour"]
     )
     assert told["memory"]["value"] == pytest.approx(sum(item["value"] for item in told["memory"]["inputs"]))
+    for name in ("step_time", "memory"):
+        assert told[name]["value"] == pytest.approx(sum(item["value"] for item in told[name]["inputs"]))
     assert told["co2"]["value"] == pytest.approx(0.4 * told["energy"]["value"])
     with pytest.raises(RequestError, match="not a figure"):
         explain(found, "dollars")

@@ -54,9 +54,53 @@ def test_text_says_what_to_take(capsys):
     assert "optimizer" in out
 
 
+def test_serving_has_what_scripts_need(capsys):
+    """One object: speed, latency, price for a million, memory, security, and the figure that was asked about."""
+    serve = (
+        "advise",
+        "t.py:job",
+        "--task",
+        "serve",
+        "--only",
+        "H100-SXM",
+        "--clouds",
+        "aws,gcp",
+        "--throughput",
+        "100",
+    )
+    assert run([*serve, "--json", "--explain", "throughput"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    best = found["answers"][0]
+
+    assert set(best) >= {
+        "throughput_per_s", "latency_ms", "first_token_ms", "batch", "precision", "runtime", "usd_per_million", "memory_parts_gib",
+    }  # fmt: skip
+    assert best["usd_per_million"] == pytest.approx(best["usd"] / found["work"]["amount"] * 1e6)
+    assert best["on_demand"]["security"]
+    assert found["explained"]["formula"].startswith("batch x replicas")
+
+    assert run(list(serve)) == 0
+    out = capsys.readouterr().out
+
+    assert "Take " in out
+    assert "a million output tokens" in out
+    assert "security:" in out
+
+
+def test_adapters_are_said(capsys):
+    """How many parameters are trained."""
+    assert run([*ONE, "--task", "finetune", "--trainable", "lora:rank=4", "--json"]) == 0
+
+    assert any("are trained" in line for line in json.loads(capsys.readouterr().out)["warnings"])
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [
+        (["t.py:job", "--task", "serve", "--latency-ms", "1e-9"], "no offer meets --latency-ms"),
+        (["t.py:job", "--latency-ms", "10"], "--latency-ms and --task train clash"),
+        (["t.py:job", "--task", "finetune", "--trainable", "lora:rank=none"], "rank must be a whole number"),
+        (["t.py:job", "--task", "serve", "--explain", "speed"], "not a figure of the answer"),
         (["t.py:job", "--tokens", "lots"], "--tokens 'lots' is not a number"),
         (["t.py:job", "--clouds", "gpc"], "nearest: gcp"),
         (["t.py:job", "--budget", "free"], "--budget 'free' is not a number"),

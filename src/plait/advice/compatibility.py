@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from plait.advice.bound import Counted, Precision, seconds_per_sample
+from plait.advice.runtimes import runtimes
 from plait.cost.calibration import load_calibration
 from plait.errors import HardwareError
 from plait.hardware.catalogue import Accelerator
@@ -75,6 +76,12 @@ def compatibility(part: Accelerator, counted: Counted, precision: Precision, why
     rest = counted.plain_bytes / device.need("memory_bandwidth")
     share = dense / (dense + rest) if dense + rest else 0.0
     reasons = [f"trains in {precision}: {why}", f"runs through {path}"]
+    served = [r.name for r in runtimes() if r.takes(part)]
+    reasons.append(
+        f"what is trained can be served here by {', '.join(served)}"
+        if served
+        else "no inference runtime is known to accept it"
+    )
     if device.collective_library:
         reasons.append(f"collectives by {device.collective_library}")
     if device.programmability == "dedicated":

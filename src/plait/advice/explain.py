@@ -12,7 +12,22 @@ from plait.units import gib
 
 __all__ = ["FIGURES", "explain", "traced"]
 
-FIGURES = ("tokens", "batch", "hours", "usd", "usd_spot", "mfu", "memory", "energy", "co2", "price", "peak")
+FIGURES = (
+    "tokens",
+    "batch",
+    "hours",
+    "tokens_per_s",
+    "step_time",
+    "headroom",
+    "usd",
+    "usd_spot",
+    "mfu",
+    "memory",
+    "energy",
+    "co2",
+    "price",
+    "peak",
+)
 
 
 def explain(advice: Advice, name: str) -> dict[str, Any]:
@@ -45,6 +60,8 @@ def explain(advice: Advice, name: str) -> dict[str, Any]:
     ]
     if word == "hours":
         return traced(word, first.hours, "h", "tokens / tokens_per_s / 3600", hours)
+    if word in ("tokens_per_s", "step_time", "headroom"):
+        return _of_step(advice, word)
     if word == "mfu":
         return traced(
             word, found.mfu, "of peak", "matmul and attention FLOP of a step / (step_time x devices x peak)",
@@ -99,9 +116,32 @@ def explain(advice: Advice, name: str) -> dict[str, Any]:
     ])  # fmt: skip
 
 
+def _of_step(advice: Advice, word: str) -> dict[str, Any]:
+    """tokens_per_s, step_time, headroom."""
+    found, work = advice.answers[0].estimate, advice.work
+    if word == "tokens_per_s":
+        length = advice.graph.tokens_per_sample
+        return traced(word, found.tokens_per_s, f"{work.unit}/s", "batch x tokens of a sample / step_time", [
+            ("batch", work.batch, work.batch_why), ("tokens_of_a_sample", length, "the job's own sample"),
+            ("step_time_s", found.step_time_s, "--explain step_time"),
+        ])  # fmt: skip
+    if word == "step_time":
+        parts = {k: v for k, v in found.breakdown.to_dict().items() if k != "communication_hidden"}
+        return traced(word, found.step_time_s, "s", "sum of the parts on the rank that works longest", [
+            (k, v, "cost model (docs/cost.md)") for k, v in parts.items()
+        ])  # fmt: skip
+    limit = _need(word, found.memory_limit)
+    return traced(word, gib(limit - found.peak_memory), "GiB", "what a device may use - the fullest rank's memory", [
+        ("memory_limit_gib", gib(limit), "94 % of the device's memory: drivers and the allocator hold the rest"),
+        ("memory_gib", gib(found.peak_memory), "--explain memory"),
+    ])  # fmt: skip
+
+
 def _need(name: str, value: float | None) -> float:
     if value is None:
-        hint = "give --grid KG_PER_KWH" if name == "co2" else "no source states the part's power"
+        hint = {"co2": "give --grid KG_PER_KWH", "energy": "no source states the part's power"}.get(
+            name, "--json shows all it has"
+        )
         raise RequestError(f"--explain {name}: the first answer has no such figure", hint=hint)
     return value
 

@@ -16,7 +16,7 @@ from plait.schema.records import Record
 __all__ = ["TASKS", "Needs", "amount", "parts_named"]
 
 TASKS = ("train", "finetune", "serve")
-_LEAVE_OUT = "or leave it out: the answer says what is then assumed"
+_LEAVE_OUT = "give another number, or leave it out: the answer says what is then assumed"
 _SCALES = {"k": 1e3, "m": 1e6, "b": 1e9, "g": 1e9, "t": 1e12}
 
 
