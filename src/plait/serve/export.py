@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from itertools import islice
@@ -14,11 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from plait.errors import PlaitError, ServeError
-from plait.serve.backend import PRECISIONS, Backend
-from plait.serve.child import Request
-from plait.serve.isolate import run_child
-from plait.serve.manifest import Manifest, finished_folder
-from plait.serve.registry import backend_at, chosen
+from plait.serve.backend import PRECISIONS
+from plait.serve.registry import chosen
+from plait.serve.rows import Rows, served_entry
 
 if TYPE_CHECKING:
     from torch import nn
@@ -105,7 +102,7 @@ def export(
         with _folder(scratch) as place:
             prepared = _prepared(source, place, sizes, data, tell)
             decoder = None if max_length is None else _decoder(source, prepared, max_length, max(sizes), tell)
-            job = _Task(source, prepared, place, out, sizes, counts, seconds, limit, compiled, tell)
+            job = Rows(source, prepared, place, out, sizes, counts, seconds, limit, compiled, tell)
             rows = [job.row(name, module, p) for name, module in places.items() for p in precisions]
     except OSError as problem:
         raise PlaitError(
@@ -211,133 +208,6 @@ def _data_of(source: Source, path: Any, batch: int) -> list[tuple[Any, Any]]:
         return [job.batch]
     stream = Batches(found, batch=batch, seed=0, shuffle=False)
     return [(b.inputs, b.targets) for b in islice(stream.one_epoch(), _DATA_BATCHES)]
-
-
-class _Task:
-    """What is the same for all backends of one export."""
-
-    def __init__(
-        self,
-        source: Source,
-        prepared: Prepared,
-        scratch: Path,
-        out: Path,
-        sizes: tuple[int, ...],
-        threads: tuple[int, ...],
-        seconds: float,
-        limit: float,
-        compiled: bool,
-        tell: Callable[[str, str], None],
-    ) -> None:
-        from plait.serve.loss import task_loss
-
-        self._prepared = prepared
-        self._scratch = scratch
-        self._out = out
-        self._sizes, self._threads = sizes, threads
-        self._seconds, self._limit, self._compiled = seconds, limit, compiled
-        self._tell = tell
-        self._loss = task_loss(source)
-
-    def row(self, name: str, place: str, precision: str) -> dict[str, Any]:
-        """What became of one backend in one precision; never raises for what happens inside of it."""
-        start = {"backend": name, "precision": precision}
-        try:
-            backend = backend_at(place)
-            interpreter = backend.interpreter()
-        except PlaitError as problem:
-            return {**start, "status": "missing", "error": problem.message, "hint": problem.hint}
-        folder = self._out / (name if precision == "fp32" else f"{name}-{precision}")
-        try:
-            return {**start, **self._made(backend, place, interpreter, precision, folder)}
-        except OSError as problem:
-            full = problem.errno in (28, 27, 122)  # ENOSPC, EFBIG, EDQUOT
-            what = "the disk is full" if full else str(problem.strerror or problem)
-            return {**start, "status": "failed", "error": f"{what}: nothing was left in {folder}"}
-
-    def _made(self, backend: Backend, place: str, interpreter: str, precision: str, folder: Path) -> dict[str, Any]:
-        begin = time.monotonic()
-        values: dict[str, Any] = {}
-        try:
-            with finished_folder(folder) as aside:
-                values = self._child(backend, place, interpreter, precision, aside, "export", self._seconds)
-                if values["status"] not in ("ok", "prepared") or not backend.keeps:
-                    raise _NothingKeptError
-                self._manifest(backend, precision, values).write(aside)
-        except _NothingKeptError:
-            pass
-        else:
-            values["folder"] = str(folder)
-            if values["status"] == "ok":
-                self._measure_memory(backend, place, interpreter, precision, folder, values)
-        from plait.serve.loss import accuracy_on_data
-
-        with suppress(FileNotFoundError):
-            values["data"] = accuracy_on_data(self._prepared, self._loss, self._scratch)
-        values["wall_s"] = time.monotonic() - begin
-        return values
-
-    def _child(
-        self, backend: Backend, place: str, interpreter: str, precision: str, artefact: Path, task: str, seconds: float
-    ) -> dict[str, Any]:
-        request = Request(
-            backend=place,
-            subject=str(self._prepared.subject.folder),
-            artefact=str(artefact.resolve()),
-            result=str(self._scratch / "result.json"),
-            precision=precision,
-            batches=self._sizes,
-            threads=self._threads,
-            seconds=seconds,
-            compiled=self._compiled,
-            task=task,
-        )
-        label = backend.name if precision == "fp32" else f"{backend.name} {precision}"
-        return run_child(request, interpreter, limit=self._limit, tell=lambda stage: self._tell(label, stage))
-
-    def _manifest(self, backend: Backend, precision: str, values: dict[str, Any]) -> Manifest:
-        import plait
-
-        subject = backend.part(self._prepared.subject)
-        facts = values.get("facts", {})
-        return Manifest(
-            backend=backend.name,
-            precision=precision,
-            entries={name: served_entry(entry, facts) for name, entry in subject.entries.items()},
-            source=subject.source,
-            weights_sha256=subject.weights_sha256,
-            plait=plait.__version__,
-            versions=values.get("versions", {}),
-            facts=facts,
-        )
-
-    def _measure_memory(
-        self, backend: Backend, place: str, interpreter: str, precision: str, folder: Path, values: dict[str, Any]
-    ) -> None:
-        """Peak memory of a process that only loads the finished artefact and runs its largest sample."""
-        found = self._child(backend, place, interpreter, precision, folder, "serve", 0)
-        if found["status"] == "ok":
-            # Of the whole process, and what of it came with loading and running; the rest is Python and torch.
-            values["serve_peak_bytes"] = found["serving_bytes"]
-            values["serve_added_bytes"] = found["serving_bytes"] - found["before_bytes"]
-        else:
-            values["status"], values["error"] = "failed", f"the finished artefact does not load: {found.get('error')}"
-
-
-class _NothingKeptError(Exception):
-    """Ends the folder that is being made without giving it its name."""
-
-
-def served_entry(entry: Any, facts: dict[str, Any]) -> Any:
-    """An entry point as its manifest has it: without the subject's files, and no wider than the artefact serves."""
-    from dataclasses import replace
-
-    limits = facts.get("serves") or {}
-    dims = {
-        name: (max(low, limits[name][0]), min(high, limits[name][1])) if name in limits else (low, high)
-        for name, (low, high) in entry.dims.items()
-    }
-    return replace(entry, dims=dims, program="", samples=(), data=())
 
 
 def _report(
