@@ -60,7 +60,7 @@ def cluster_of(probe: Probe, devices: int) -> Cluster:
         source=f"measured on {probe.host}, {probe.date}, torch {probe.torch_version}, {count} processes at once",
     )
     links = (_link(probe, devices, count),) if devices > 1 else ()
-    notes = (f"{devices} processes share {cores} cores",) if devices > cores else ()
+    notes: tuple[str, ...] = (f"{devices} processes share {cores} cores",) if devices > cores else ()
     if count != devices:
         notes += (f"measured with {count} processes at once, not {devices}",)
     return Cluster(

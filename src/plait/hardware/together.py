@@ -101,7 +101,7 @@ def _window(dist: Any, torch: Any, action: Action, *, by_core: bool) -> float:
     spent = time.process_time() - busy if by_core else time.perf_counter() - begin
     mean = torch.tensor([spent / count], dtype=torch.float64)
     dist.all_reduce(mean)
-    return float(mean) / dist.get_world_size()
+    return float(mean) / int(dist.get_world_size())
 
 
 def _kernels(torch: Any) -> dict[str, Action]:
@@ -110,14 +110,14 @@ def _kernels(torch: Any) -> dict[str, Action]:
 
     a, b, out = torch.randn(512, 512), torch.randn(512, 512), torch.empty(512, 512)
     thin, wide, thin_out = torch.randn(16, 1024), torch.randn(1024, 1024), torch.empty(16, 1024)
-    qkv = [torch.randn(2, 4, 256, 64, requires_grad=True) for _ in range(3)]
-    attended = functional.scaled_dot_product_attention(*qkv, is_causal=True)
+    q, k, v = (torch.randn(2, 4, 256, 64, requires_grad=True) for _ in range(3))
+    attended = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
     seed = torch.randn_like(attended)
     x, norm = torch.randn(512, 768, requires_grad=True), torch.nn.LayerNorm(768)
 
     def attend() -> None:
         with torch.no_grad():
-            functional.scaled_dot_product_attention(*qkv, is_causal=True)
+            functional.scaled_dot_product_attention(q, k, v, is_causal=True)
 
     def pointwise() -> Any:
         return functional.gelu(norm(x)) + x
@@ -143,7 +143,7 @@ def _kernels(torch: Any) -> dict[str, Action]:
         "matmul": lambda: torch.mm(a, b, out=out),
         "thin_matmul": lambda: torch.mm(thin, wide, out=thin_out),
         "attention": attend,
-        "attention_back": lambda: torch.autograd.grad(attended, qkv, seed, retain_graph=True),
+        "attention_back": lambda: torch.autograd.grad(attended, (q, k, v), seed, retain_graph=True),
         "elementwise": pointwise_alone,
         "elementwise_back": lambda: torch.autograd.grad(y, [x, *norm.parameters()], back, retain_graph=True),
         "kernel": small,
