@@ -60,7 +60,7 @@ def explain(advice: Advice, name: str) -> dict[str, Any]:
     ]
     if word == "hours":
         return traced(word, first.hours, "h", "tokens / tokens_per_s / 3600", hours)
-    if word in ("tokens_per_s", "step_time", "headroom"):
+    if word in ("tokens_per_s", "step_time", "headroom", "memory"):
         return _of_step(advice, word)
     if word == "mfu":
         return traced(
@@ -71,12 +71,6 @@ def explain(advice: Advice, name: str) -> dict[str, Any]:
                 ("batch", work.batch, work.batch_why),
                 ("devices", found.plan.devices, "the plan"),
             ],
-        )  # fmt: skip
-    if word == "memory":
-        parts = found.memory[found.fullest].to_dict()
-        return traced(
-            word, gib(found.peak_memory), "GiB", "sum of the parts on the fullest rank",
-            [(part, gib(value), "cost model, cost/memory.py") for part, value in parts.items()],
         )  # fmt: skip
     if word == "energy":
         value = _need(word, first.energy_kwh)
@@ -117,8 +111,14 @@ def explain(advice: Advice, name: str) -> dict[str, Any]:
 
 
 def _of_step(advice: Advice, word: str) -> dict[str, Any]:
-    """tokens_per_s, step_time, headroom."""
+    """tokens_per_s, step_time, memory, headroom."""
     found, work = advice.answers[0].estimate, advice.work
+    if word == "memory":
+        parts = found.memory[found.fullest].to_dict()
+        return traced(
+            word, gib(found.peak_memory), "GiB", "sum of the parts on the fullest rank",
+            [(part, gib(value), "cost model, cost/memory.py") for part, value in parts.items()],
+        )  # fmt: skip
     if word == "tokens_per_s":
         length = advice.graph.tokens_per_sample
         return traced(word, found.tokens_per_s, f"{work.unit}/s", "batch x tokens of a sample / step_time", [
