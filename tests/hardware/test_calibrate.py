@@ -98,3 +98,25 @@ def test_an_absurd_run_is_refused(tmp_path):
     """A run a hundred times slower than predicted is no calibration."""
     with pytest.raises(HardwareError, match="measured 100 s"):
         calibrated(CLUSTER, read_runs([run_dir(tmp_path / "a", 1.0, 0.0, 100.0)]))
+
+
+def test_the_verb_says_the_error_before_and_after(probe, tmp_path, monkeypatch, capsys):
+    """Several folders after one option; the kept probe takes the factors, and the same runs again change nothing."""
+    from plait.cli.main import run
+    from plait.hardware.local import local_cluster
+    from plait.hardware.probe import load_probe, save_probe
+
+    monkeypatch.setenv("PLAIT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("plait.hardware.probe.usable_cores", lambda: 2)
+    save_probe(probe)
+    folders = [
+        str(run_dir(tmp_path / name, 1.0, 0.2, took, local_cluster(4))) for name, took in (("a", 2.0), ("b", 2.4))
+    ]
+
+    assert run(["hardware", "probe", "--calibrate", *folders]) == 0
+    first = capsys.readouterr().out
+    assert "45.0 % before, 9.1 % after" in first
+    assert load_probe().factors["scale"] == pytest.approx(1.2 / (2.0 * 2.4) ** 0.5, rel=1e-3)
+    assert run(["hardware", "probe", "--calibrate", *folders]) == 0
+    assert "9.1 % before, 9.1 % after" in capsys.readouterr().out
+    assert run(["hardware", "probe", *folders]) == 2

@@ -32,7 +32,8 @@ def measure_together(count: int, threads: int, *, seconds: float) -> dict[str, l
             for worker in workers:
                 if worker.poll() is None:
                     worker.kill()
-                worker.wait()
+                with worker:  # waits, and closes its pipes
+                    pass
     found: dict[str, list[float]] = json.loads(outputs[0])
     named = {}
     for name, values in found.items():
