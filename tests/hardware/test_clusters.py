@@ -6,7 +6,7 @@ import pytest
 
 from plait.errors import HardwareError
 from plait.hardware.clusters import load_cluster, named_cluster
-from plait.schema import Cluster
+from plait.schema import Cluster, Device, Group, Link
 
 
 @pytest.mark.parametrize(
@@ -126,3 +126,14 @@ def test_broken_files_are_refused(tmp_path, text, message):
     with pytest.raises(HardwareError, match=message) as problem:
         load_cluster(str(path))
     assert problem.value.exit_status == 2
+
+
+def test_two_kinds_of_device_have_two_names():
+    """Devices are told apart by name, so a name stands for one set of figures."""
+    one, other = (Device(name="part", peak_flops={"bf16": rate}) for rate in (1e12, 2e12))
+    with pytest.raises(HardwareError, match="two groups are called part but have different figures"):
+        Cluster(
+            name="x",
+            groups=(Group(device=one, count=1), Group(device=other, count=1)),
+            links=(Link(level="node", size=2, bandwidth=1e9, latency=1e-6),),
+        )

@@ -4,6 +4,7 @@ from plait.cost.architecture import Architecture, build_graph
 from plait.hardware.clusters import named_cluster
 from plait.plan.explain import explain, resized
 from plait.plan.search import search
+from plait.plan.space import Space
 
 GRAPH = build_graph(
     Architecture(
@@ -31,3 +32,13 @@ def test_clusters_grow_and_shrink():
     assert [(link.level, link.size) for link in resized(base, 24).links] == [("node", 8), ("site", 24)]
     assert resized(base, 8).devices == 8
     assert resized(named_cluster("8xH100+8xV100"), 8).groups[0].device.name == "NVIDIA H100 SXM5"
+
+
+def test_what_binds_is_named_once():
+    """A pipeline that mostly waits binds first, and something else second."""
+    cluster = named_cluster("8xA100")
+    space = Space(pp=(4,), tp=(1,), cp=(1,), schedules=("1f1b",), microbatch_sizes=(2,))
+    lines = explain(search(GRAPH, cluster, batch=4, space=space), GRAPH, cluster, other_counts=()).lines
+    line = next(line for line in lines if line.startswith("binds: "))
+
+    assert line.count("bubble") == 1
