@@ -75,3 +75,16 @@ def test_relative_to_the_project(project: Path):
     assert relative_target("/other/x.py:job", project, must_lie_within=False) == "/other/x.py:job"
     with pytest.raises(TargetError, match="outside the working directory"):
         relative_target("/other/x.py:job", project, must_lie_within=True)
+
+
+def test_a_folder_of_weights_goes_along(project: Path):
+    """hf:FOLDER is relative to the project, as a file is; outside it is refused where only the project is sent."""
+    (project / "weights").mkdir()
+    outside = project.parent / f"{project.name}-weights"
+    outside.mkdir()
+
+    assert relative_target(f"hf:{project}/weights?seq_len=8", project, must_lie_within=True) == "hf:weights?seq_len=8"
+    assert relative_target("hf:gpt2?seq_len=8", project, must_lie_within=True) == "hf:gpt2?seq_len=8"
+    assert relative_target(f"hf:{outside}", project, must_lie_within=False) == f"hf:{outside}"
+    with pytest.raises(TargetError, match="outside the working directory"):
+        relative_target(f"hf:{outside}", project, must_lie_within=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -164,6 +165,10 @@ def _check_words(options: LaunchOptions, target: str, folder: str) -> None:
     for option, word in words.items():
         if not re.fullmatch(_SAFE[option], word):
             raise RequestError(f"launch: {option} {word!r} holds a character that such a name cannot have")
+    if not math.isfinite(options.checkpoint_minutes):
+        raise RequestError(
+            f"launch: --checkpoint-minutes {options.checkpoint_minutes:g} is no time between checkpoints"
+        )
     for what, text in (("the target", target), ("--data", options.data or "")):
         if not text.isprintable():
             raise RequestError(f"launch: {what} {text!r} holds a character that cannot be printed")

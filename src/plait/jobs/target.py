@@ -104,21 +104,26 @@ def _check_model_type(name: str) -> None:
 
 
 def relative_target(text: str, root: Path, *, must_lie_within: bool) -> str:
-    """The TARGET with its file relative to `root`, as nodes see it.
+    """The TARGET with its file (or hf: folder) relative to `root`, as nodes see it.
 
     Raises:
         TargetError: the file lies outside, and the engine sends only `root` along.
     """
     place, question, arguments = text.partition("?")
     where, _, function = place.rpartition(":")
-    if place.startswith("hf:") or not (where.endswith(".py") or "/" in where):
+    is_folder = place.startswith("hf:") and (root / place[3:]).is_dir()
+    if is_folder:
+        where, function = place[3:], ""
+    elif place.startswith("hf:") or not (where.endswith(".py") or "/" in where):
         return text
     path = (root / where).resolve()
     if path.is_relative_to(root.resolve()):
-        return f"{path.relative_to(root.resolve()).as_posix()}:{function}{question}{arguments}"
+        near = path.relative_to(root.resolve()).as_posix()
+        return f"hf:{near}{question}{arguments}" if is_folder else f"{near}:{function}{question}{arguments}"
     if must_lie_within:
         raise TargetError(
             f"target {where}: it lies outside the working directory, which is what the engine sends along",
             hint="start from the project's folder",
         )
-    return f"{path.as_posix()}:{function}{question}{arguments}"
+    far = path.as_posix()
+    return f"hf:{far}{question}{arguments}" if is_folder else f"{far}:{function}{question}{arguments}"

@@ -168,7 +168,7 @@ def _shown(name: str, value: Any) -> str:
 
 def _dollars(usd: float) -> str:
     """Of a thousand steps."""
-    return f"${1000 * usd:,.2f}" if 1000 * usd >= 1 else f"${1000 * usd:.2g}"
+    return f"${1000 * usd:,.2f}" if 1000 * usd >= 0.01 else f"${1000 * usd:.2g}"
 
 
 _UNITS: dict[str, Callable[[float], str]] = {

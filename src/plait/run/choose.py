@@ -24,7 +24,7 @@ def choose(target: str, devices: int, batch: int | None) -> Estimate:
     Raises:
         PlanError: nothing fits.
     """
-    found: Estimate = spawn(choose_in_process, devices=1, args=(target, devices, batch), threads=0)[0]
+    found: Estimate = spawn(choose_in_process, devices=1, args=(target, devices, batch), threads=1)[0]
     return found
 
 
