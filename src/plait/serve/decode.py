@@ -72,7 +72,8 @@ def add_decoder(
     entries = dict(subject.entries)
     for name in ("prefill", "decode"):
         entries[name] = _entry(subject.folder, name, derived, capacity, most)
-        samples = _inputs_of(name, derived, capacity, most)
+        sizes = (2, 1, most) if "batch" in entries[name].dims else (2, 2, 2)
+        samples = _inputs_of(name, derived, capacity, sizes)
         entries[name] = _with_samples(
             entries[name], subject.folder, getattr(derived, name), samples, module if random else None
         )
@@ -115,7 +116,9 @@ def _program(module: nn.Module, call: Callable[[torch.Tensor], torch.Tensor], ca
     shapes = {"tokens": {0: Dim.AUTO(max=most), 1: Dim.AUTO(max=capacity)}}  # type: ignore[attr-defined]
     try:
         with torch.no_grad():
-            call(torch.zeros(1, capacity, dtype=torch.int64))  # a table of positions that ends earlier shows itself here
+            call(
+                torch.zeros(1, capacity, dtype=torch.int64)
+            )  # a table of positions that ends earlier shows itself here
             return torch.export.export(_Tokens(module, call).eval(), (tokens,), dynamic_shapes=shapes, strict=False)
     except ServeError:
         raise
@@ -209,9 +212,10 @@ def _sample(name: str, derived: Derived, batch: int, length: int, capacity: int)
     return [torch.randint(size, (batch, 1), generator=generator), position, *caches]
 
 
-def _inputs_of(name: str, derived: Derived, capacity: int, most: int) -> list[list[torch.Tensor]]:
-    """At the exported sizes, at one sample, at the most, and far in the cache."""
-    wanted = [(2, min(capacity, 8)), (1, capacity // 2), (most, max(2, capacity // 3)), (2, capacity - 1)]
+def _inputs_of(name: str, derived: Derived, capacity: int, sizes: tuple[int, int, int]) -> list[list[torch.Tensor]]:
+    """At the exported sizes, at other batches, and far in the cache."""
+    first, least, most = sizes
+    wanted = [(first, min(capacity, 8)), (least, capacity // 2), (most, max(2, capacity // 3)), (first, capacity - 1)]
     return [_sample(name, derived, batch, length, capacity) for batch, length in dict.fromkeys(wanted)]
 
 
