@@ -331,7 +331,9 @@ def estimate_serving(
     if work.decodes and load.output_tokens:
         parts = replica.decode(count, load.input_tokens + load.output_tokens / 2)
         decode = sum(parts.values())
-        prefill = replica.prefill(count, load.input_tokens)
+        # Chunks of prompts fill the stages of a pipeline side by side.
+        beside = min(plan.pp, max(1.0, count * load.input_tokens / CHUNK))
+        prefill = replica.prefill(count, load.input_tokens) / beside
         cycle = load.output_tokens * decode + prefill
         throughput = count * load.output_tokens / cycle
         latency, first = cycle / load.output_tokens, replica.prefill(1, load.input_tokens)
