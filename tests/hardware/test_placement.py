@@ -221,3 +221,10 @@ def test_a_pinned_process_stays_on_its_cores():
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True).stdout
 
     assert out.strip() == f"True [{own}] False"
+
+
+def test_a_probe_of_other_things_stops_nothing(monkeypatch: pytest.MonkeyPatch):
+    """It was kept by another version: a thread for each core, and that it was not measured is said."""
+    monkeypatch.setattr("plait.hardware.placement.load_probe", lambda: probe(("copy/threads=4", 40.0, "B/s")))
+
+    assert "not measured" in places_here(1, {})[0].reason

@@ -296,8 +296,7 @@ def places_here(processes: int, environment: Mapping[str, str] | None = None) ->
         RequestError: OMP_NUM_THREADS is not a number.
     """
     environment = os.environ if environment is None else environment
-    probe = load_probe()
-    chosen = place(processes, read_topology(), None if probe is None else thread_curve(probe))
+    chosen = place(processes, read_topology(), _kept_curve())
     threads, reason = chosen[0].threads, chosen[0].reason
     if given := environment.get("OMP_NUM_THREADS", "").split(",")[0].strip():
         if not given.isdigit() or int(given) < 1:
@@ -310,6 +309,15 @@ def places_here(processes: int, environment: Mapping[str, str] | None = None) ->
         reason = f"{reason}; {own[0] if own else 'PLAIT_PIN=0'} is set, so cores are left alone"
         return tuple(replace(one, threads=threads, cpus=(), places=(), reason=reason) for one in chosen)
     return tuple(replace(one, threads=threads, places=one.places[:threads], reason=reason) for one in chosen)
+
+
+def _kept_curve() -> dict[int, float] | None:
+    """None where this computer was not probed, or by a version that measured other things: nothing stops for that."""
+    probe = load_probe()
+    try:
+        return None if probe is None else thread_curve(probe)
+    except HardwareError:
+        return None
 
 
 def place_here(processes: int = 1, index: int = 0, environment: Mapping[str, str] | None = None) -> Placement:

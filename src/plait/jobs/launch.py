@@ -116,6 +116,8 @@ def _request(
     _check_words(options, target, folder)
     is_cpu = is_cpu or (part is not None and part.device.torch_device == "cpu")
     probe = load_probe() if is_cpu else None
+    if probe is not None and not probe.has("copy/threads=1"):
+        probe = None  # of a version that measured other things
     return Request(
         target=relative_target(target, root, must_lie_within=engine.sends_project and not options.image),
         plan=plan,
