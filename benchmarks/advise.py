@@ -47,7 +47,9 @@ def run(model: str, task: str, cache: Path) -> tuple[dict, float]:
     environment = {**os.environ, "PLAIT_CACHE": str(cache)}
     command = [sys.executable, "-m", "plait", "advise", MODELS[model], *options(model, task), "--json"]
     began = time.perf_counter()
-    done = subprocess.run(command, capture_output=True, text=True, cwd=HERE.parent, env=environment, check=False, timeout=600)
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=HERE.parent, env=environment, check=False, timeout=600
+    )
     seconds = time.perf_counter() - began
     if done.returncode:
         raise SystemExit(f"{' '.join(command)}\n{done.stderr}")
@@ -116,10 +118,17 @@ def table(rows: list[dict]) -> str:
         )
     slow, slower = max(r["cold_s"] for r in rows), max(r["cached_s"] for r in rows)
     left = sum(r["unsearched"] for r in rows)
-    head += ["", f"Slowest: {slow:.1f} s cold, {slower:.1f} s cached. Shapes left when the time for searching was over: {left}.", ""]
+    head += [
+        "",
+        f"Slowest: {slow:.1f} s cold, {slower:.1f} s cached. Shapes left when the time for searching was over: {left}.",
+        "",
+    ]
     head += ["## In words", ""]
     for row in rows:
-        head += [f"**{row['model']}, {row['task']}** ({row['bounded']} bounded, {row['searched']} searched). {row['advice']}", ""]
+        head += [
+            f"**{row['model']}, {row['task']}** ({row['bounded']} bounded, {row['searched']} searched). {row['advice']}",
+            "",
+        ]
     return "\n".join(head)
 
 
@@ -138,7 +147,10 @@ def main() -> None:
             continue
         for task in arguments.tasks.split(","):
             row = rows[model, task] = measure(model, task, own)
-            print(f"{model} {task}: {row['cold_s']:.1f} s, {row['cached_s']:.1f} s, {row['answer']} {row['usd']}", flush=True)
+            print(
+                f"{model} {task}: {row['cold_s']:.1f} s, {row['cached_s']:.1f} s, {row['answer']} {row['usd']}",
+                flush=True,
+            )
             ordered = [rows[m, t] for m in MODELS for t in TASKS if (m, t) in rows]
             RESULTS.write_text(json.dumps(ordered, indent=1) + "\n", encoding="utf-8")
     TABLE.write_text(table([rows[m, t] for m in MODELS for t in TASKS if (m, t) in rows]), encoding="utf-8")
