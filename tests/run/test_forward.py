@@ -133,3 +133,21 @@ def test_inputs_that_do_not_fit_are_refused(workers: Workers, what: str, words: 
     from serving import refused
 
     assert words in workers.call(refused, what, devices=1, timeout=300)[0]
+
+
+def test_verify_forward_on_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
+    """One JSON object; an option that belongs to --forward alone is refused without it."""
+    import json
+
+    from plait.cli.main import run
+
+    status = run(["verify", OWN + "chain", "--devices", "2", "--plan", "tp=2", "--forward", "--json"])
+    result = json.loads(capsys.readouterr().out)
+    refused = run(["verify", OWN + "chain", "--devices", "1", "--plan", "dp=1", "--weights", "nowhere"])
+    missing = run(["verify", OWN + "chain", "--devices", "1", "--plan", "dp=1", "--forward", "--weights", "nowhere"])
+
+    assert status == 0
+    assert result["ok"]
+    assert result["max_output_rel_err"] <= result["tolerance"]
+    assert refused == missing == 2
+    assert "no such directory" in capsys.readouterr().err

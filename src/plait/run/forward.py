@@ -155,7 +155,7 @@ class ForwardRun:
             results = [stage(**one) for one in inputs]
         if self.captured:
             return results, self.applied.program.outputs_of
-        return results, stage.structure  # type: ignore[return-value]
+        return results, stage.structure
 
     def _stage_inputs(self, part: tuple[Any, Any], size: int) -> dict[str, Any]:
         places = self.applied.program_for(size).placeholders

@@ -87,11 +87,11 @@ class OutputDims:
                 ) from None
             if other.dynamic:
                 program, other = other, None
-        own: fx.Graph = (program or first).module.graph
-        theirs = other.module.graph if other is not None else None
+        own: Any = (program or first).module.graph.output_node().args[0]
+        theirs: Any = other.module.graph.output_node().args[0] if other is not None else None
         found = []
-        for index, node in enumerate(own.output_node().args[0]):
-            like = None if theirs is None else theirs.output_node().args[0][index]
+        for index, node in enumerate(own):
+            like = None if theirs is None else theirs[index]
             found.append(self._dim_of(node, like, index))
         return found
 

@@ -98,7 +98,9 @@ def start(
     size = batches.batch_size(job) if batch is None else batch
     bound = Plan.load(plan).bound(batch=size)
     if not train:
-        bound = replace(bound, recompute="none", recompute_segments=None)
+        # Nothing is recomputed without a backward, and a zero-bubble schedule would gather FSDP's shards for one.
+        schedule = "gpipe" if bound.schedule == "zerobubble" else bound.schedule
+        bound = replace(bound, recompute="none", recompute_segments=None, schedule=schedule)
     world = world or join(bound)
     if not isinstance(job.model, torch.nn.Module):
         refuse_too_large(build(job, seed=seed, values=False).module, bound, world, train=train)
