@@ -80,6 +80,12 @@ class Served:
             self._functions[name] = Function(artefact.entry, self._backend.load(artefact), str(self.folder))
         return self._functions[name]
 
+    def generate(self, tokens: torch.Tensor, *, max_new_tokens: int = 64, stop: int | None = None) -> torch.Tensor:
+        """The prompt `tokens` [batch, length] and the most likely tokens after it (`plait.serve.generate`)."""
+        from plait.serve.generate import generate
+
+        return generate(self, tokens, max_new_tokens=max_new_tokens, stop=stop)
+
     def __call__(self, *inputs: Any, **named: Any) -> Any:
         """What the entry point gives; see `Function`."""
         entries = self.manifest.entries
