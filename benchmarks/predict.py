@@ -67,6 +67,10 @@ def measure(target: str, cases: list[tuple[str, int]], rounds: int, steps: int) 
             run.step(*inputs)
         rows.append({"bytes": peaks[0] - before, "seconds": []})
         runs.append((run, inputs))
+    # A dozen captured models are millions of Python objects, through which the collector would go in every plan's steps; in
+    # training there is one.
+    gc.collect()
+    gc.freeze()
     for _ in range(rounds):
         for row, (run, inputs) in zip(rows, runs, strict=True):
             run.step(*inputs)
