@@ -143,7 +143,8 @@ class Decoder:
             self._cache(argument)
 
     def _product(self, node: fx.Node) -> None:
-        first = _PRODUCTS[node.target]
+        target: Any = node.target
+        first = _PRODUCTS[target]
         left, right = node.args[first], node.args[first + 1]
         assert isinstance(left, fx.Node)
         assert isinstance(right, fx.Node)
@@ -220,7 +221,9 @@ class Decoder:
         """The first output with a value for each position and token."""
         leaves: Any = self.graph.output_node().args[0]
         for leaf in leaves if isinstance(leaves, tuple | list) else [leaves]:
-            value = leaf.meta.get("val") if isinstance(leaf, fx.Node) else None
+            if not isinstance(leaf, fx.Node):
+                continue
+            value = leaf.meta.get("val")
             if (
                 isinstance(value, torch.Tensor)
                 and value.dim() == 3

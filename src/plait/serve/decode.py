@@ -113,7 +113,7 @@ def _call_of(module: nn.Module, inputs: Any) -> Callable[[torch.Tensor], torch.T
 def _program(module: nn.Module, call: Callable[[torch.Tensor], torch.Tensor], capacity: int, most: int) -> Any:
     # Not at the capacity itself: a table of so many positions would fix the length to it.
     tokens = torch.zeros(2, max(3, capacity // 2 + 1), dtype=torch.int64)
-    shapes = {"tokens": {0: Dim.AUTO(max=most), 1: Dim.AUTO(max=capacity)}}  # type: ignore[attr-defined]
+    shapes = {"tokens": {0: Dim.AUTO(max=most), 1: Dim.AUTO(max=capacity)}}
     try:
         with torch.no_grad():
             call(
@@ -170,7 +170,7 @@ def _entry(folder: Path, name: str, derived: Derived, capacity: int, most: int) 
     open_dims: list[dict[int, int]] = [{0: most, 1: capacity}] if name == "prefill" else [{0: most}, {}]
     if name == "decode":
         open_dims += [{c.shape.index("batch"): most} if "batch" in c.shape else {} for c in derived.caches]
-    shapes = tuple({d: Dim.AUTO(max=size) for d, size in dims.items()} or None for dims in open_dims)  # type: ignore[attr-defined]
+    shapes = tuple({d: Dim.AUTO(max=size) for d, size in dims.items()} or None for dims in open_dims)
     with torch.no_grad():
         program = torch.export.export(module, tuple(sample), dynamic_shapes=shapes, strict=False)
         logits = module(*sample)[0]

@@ -22,9 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["capacity_of", "generate", "greedy", "logits_of"]
 
 
-def generate(
-    served: Served, tokens: torch.Tensor, *, max_new_tokens: int = 64, stop: int | None = None
-) -> torch.Tensor:
+def generate(served: Served, tokens: Any, *, max_new_tokens: int = 64, stop: int | None = None) -> torch.Tensor:
     """`tokens` [batch, length] and the most likely ones after them, [batch, length + new].
 
     `stop`: a token after which a sample is done; the rest of its row is that token, and all end when every row has it.

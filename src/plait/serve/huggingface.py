@@ -146,7 +146,8 @@ def _as_given(source: Source) -> Any:
     if not hasattr(source.job, "weights"):
         return config  # the user's own module: every choice is the user's
     weights = source.job.weights
-    before = type(config).from_pretrained(weights, local_files_only=True) if weights is not None else type(config)()
+    kind: Any = type(config)
+    before = kind.from_pretrained(weights, local_files_only=True) if weights is not None else kind()
     for part, like in ((config, before), *_parts(config, before)):
         for key in CAPTURE_CHOICES:
             if hasattr(part, key) and hasattr(like, key) and f"{key}=" not in source.text:
@@ -180,7 +181,8 @@ def _filled(model_class: Any, subject: Subject, dtype: torch.dtype) -> Any:
     """The architecture with the subject's weights; tied ones stay tied."""
     import transformers
 
-    config = transformers.AutoConfig.from_pretrained(subject.folder / FOLDER, local_files_only=True)
+    auto: Any = transformers.AutoConfig
+    config = auto.from_pretrained(subject.folder / FOLDER, local_files_only=True)
     model = model_class(config)
     # The exported program wraps the user's module as `model`.
     state = {name.removeprefix("model."): value for name, value in subject.program().state_dict.items()}

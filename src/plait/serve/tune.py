@@ -235,7 +235,8 @@ def accurate(rows: Sequence[Mapping[str, Any]], least_cosine: float) -> list[Pat
     Raises:
         ServeError: there is none.
     """
-    found, left = [], []
+    found: list[Path] = []
+    left: list[Path] = []
     for row in rows:
         if row.get("status") != "ok" or "folder" not in row:
             continue

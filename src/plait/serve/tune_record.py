@@ -150,11 +150,13 @@ class Record:
 def _summed(trial: Mapping[str, Any]) -> dict[str, Any]:
     """A trial with its figures; those of the last round, in which it met the others that were left."""
     configuration = Configuration.from_dict(trial["configuration"])
-    rounds = [{"round": int(r["round"]), "seconds": [float(s) for s in r["seconds"]]} for r in trial["rounds"]]
+    rounds: list[dict[str, Any]] = [
+        {"round": int(r["round"]), "seconds": [float(s) for s in r["seconds"]]} for r in trial["rounds"]
+    ]
     error = str(trial["error"])
     found: dict[str, Any] = {"configuration": asdict(configuration), "calls": sum(len(r["seconds"]) for r in rounds)}
     if rounds:
-        last: Any = rounds[-1]
+        last = rounds[-1]
         ordered = sorted(last["seconds"])
         p50 = ordered[len(ordered) // 2]
         found |= {
