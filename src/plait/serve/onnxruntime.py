@@ -26,11 +26,11 @@ class OnnxRuntime(Backend):
     extra = "onnx"
     imports = ("onnx", "onnxscript", "onnxruntime")
     distributions = ("onnx", "onnxscript", "onnxruntime")
-    precisions: ClassVar[tuple[str, ...]] = ("fp32", "int8")
+    precisions: ClassVar[tuple[str, ...]] = ("fp32", "int8", "int8-weight")
 
     def refusal(self, subject: Subject, precision: str) -> str:
         """Int8 multiplies matrices alone; a model that mostly convolves would only get slower."""
-        if precision == "int8" and subject.convolutions and not _has_linear(subject):
+        if precision.startswith("int8") and subject.convolutions and not _has_linear(subject):
             return "onnxruntime's int8 convolutions are 2.5 times slower than fp32 on this kind of CPU, and it has no matrix multiplications"
         return super().refusal(subject, precision)
 
@@ -54,7 +54,7 @@ class OnnxRuntime(Backend):
                 continue
             whole = folder / f"{name}.fp32.onnx"
             opset = write_onnx(subject, name, whole)
-            _quantise(whole, path)
+            (_quantise if precision == "int8" else _compress)(whole, path)
             for part in folder.glob(f"{name}.fp32.*"):
                 part.unlink()
         return {"opset": opset}
@@ -125,6 +125,20 @@ def _quantise(whole: Path, path: Path) -> None:
     quantize_dynamic(
         str(whole), str(path), weight_type=QuantType.QInt8, per_channel=True, op_types_to_quantize=["MatMul", "Gemm"]
     )
+
+
+def _compress(whole: Path, path: Path) -> None:
+    """Weights in blocks of 32 as int8, multiplied in float."""
+    import logging
+
+    import onnx
+    from onnxruntime.quantization import matmul_nbits_quantizer as blocks
+
+    logging.getLogger(blocks.__name__).setLevel(logging.WARNING)
+    config = blocks.DefaultWeightOnlyQuantConfig(block_size=32, is_symmetric=True, accuracy_level=0, bits=8)
+    quantizer = blocks.MatMulNBitsQuantizer(onnx.load(str(whole)), algo_config=config)
+    quantizer.process()
+    quantizer.model.save_model_to_file(str(path), False)
 
 
 def _has_linear(subject: Subject) -> bool:

@@ -14,7 +14,9 @@ if TYPE_CHECKING:
 
 __all__ = ["OpenVino"]
 
-_HINTS = {"fp32": "f32", "bf16": "bf16", "fp16": "f16", "int8-weight": "f32"}
+_HINTS = {"fp32": "f32", "bf16": "bf16", "int8": "f32", "int8-weight": "f32"}
+_GROUPS = {"int8": 32, "int8-weight": 0}
+"""Values of an activation that share a scale where weights are int8; 0: activations stay as they are."""
 
 
 class OpenVino(Backend):
@@ -23,16 +25,8 @@ class OpenVino(Backend):
     name = "openvino"
     extra = "openvino"
     imports = ("openvino",)
-    distributions = ("openvino", "nncf")
-    precisions: ClassVar[tuple[str, ...]] = ("fp32", "bf16", "int8-weight")
-
-    def refusal(self, subject: Subject, precision: str) -> str:
-        """Weight compression is another package."""
-        import importlib.util
-
-        if precision == "int8-weight" and importlib.util.find_spec("nncf") is None:
-            return "openvino compresses weights by nncf, which is not installed: pip install nncf"
-        return super().refusal(subject, precision)
+    distributions = ("openvino",)
+    precisions: ClassVar[tuple[str, ...]] = ("fp32", "bf16", "int8", "int8-weight")
 
     def knobs(self) -> Mapping[str, Sequence[Any]]:
         """What changes latency and never results."""
@@ -42,12 +36,12 @@ class OpenVino(Backend):
         """One model for each entry point, with its sizes as open as the program's."""
         import openvino
 
+        from plait.serve.openvino_int8 import compress
+
         for name, entry in subject.entries.items():
             model = openvino.convert_model(subject.program(name))
-            if precision == "int8-weight":
-                import nncf
-
-                model = nncf.compress_weights(model)
+            if precision.startswith("int8") and not compress(model):
+                raise ValueError("it has no matrix multiplication with weights, which is what int8 is for here")
             for port, spec in zip(model.inputs, entry.inputs, strict=True):
                 port.get_tensor().set_names({spec.name})
             openvino.save_model(model, folder / f"{name}.xml", compress_to_fp16=False)
@@ -65,6 +59,8 @@ class OpenVino(Backend):
             "PERFORMANCE_HINT": str(knobs.get("hint", "LATENCY")),
             "ENABLE_CPU_PINNING": bool(knobs.get("pinning", True)),
         }
+        if artefact.precision in _GROUPS:
+            config["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = _GROUPS[artefact.precision]
         if "streams" in knobs:
             config["NUM_STREAMS"] = int(knobs["streams"])
         core = openvino.Core()
