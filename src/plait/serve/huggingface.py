@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -119,10 +120,10 @@ def keep_config(source: Source, folder: Path) -> None:
 def _refused(module: Any) -> str:
     """Why a module is not one of transformers' models; empty where it is."""
     name = type(module).__name__
-    try:
-        import transformers
-    except ModuleNotFoundError:
-        return f"{name} is no model of transformers, which is not installed"
+    # A model of it cannot be there before its library is; importing that takes seconds.
+    transformers = sys.modules.get("transformers")
+    if transformers is None:
+        return f"{name} is no model of transformers, which from_pretrained could build from a config"
     if not isinstance(module, transformers.PreTrainedModel):
         inner = [
             f"{n} ({type(m).__name__})"
