@@ -132,6 +132,12 @@ def table(rows: list[dict]) -> str:
     return "\n".join(head)
 
 
+def kept() -> dict[tuple[str, str], dict]:
+    """Rows measured so far."""
+    found = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else []
+    return {(row["model"], row["task"]): row for row in found}
+
+
 def main() -> None:
     """Measures and writes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -139,20 +145,20 @@ def main() -> None:
     parser.add_argument("--tasks", default=",".join(TASKS))
     parser.add_argument("--table", action="store_true")
     arguments = parser.parse_args()
-    kept = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else []
-    rows = {(row["model"], row["task"]): row for row in kept}
     own = Path(os.environ.get("PLAIT_CACHE") or os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     for model in MODELS:
         if arguments.table or (arguments.only and model not in arguments.only.split(",")):
             continue
         for task in arguments.tasks.split(","):
-            row = rows[model, task] = measure(model, task, own)
+            row = measure(model, task, own)
             print(
                 f"{model} {task}: {row['cold_s']:.1f} s, {row['cached_s']:.1f} s, {row['answer']} {row['usd']}",
                 flush=True,
             )
+            rows = kept() | {(model, task): row}  # read again: another model may have been measured meanwhile
             ordered = [rows[m, t] for m in MODELS for t in TASKS if (m, t) in rows]
             RESULTS.write_text(json.dumps(ordered, indent=1) + "\n", encoding="utf-8")
+    rows = kept()
     TABLE.write_text(table([rows[m, t] for m in MODELS for t in TASKS if (m, t) in rows]), encoding="utf-8")
 
 

@@ -95,7 +95,7 @@ def advise(
     offers: Sequence[Offer] | None = None,
     local: Cluster | None = None,
     keep: int = 8,
-    seconds: float = 12.0,
+    seconds: float = 10.0,
     today: datetime.date | None = None,
 ) -> Advice:
     """The `keep` best answers to `needs` for training `graph`, and the front of time and money.

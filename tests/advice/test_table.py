@@ -1,0 +1,54 @@
+"""The answers that docs/advise-table.md shows, by hand arithmetic."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+ROWS = json.loads((ROOT / "benchmarks" / "results" / "advise.json").read_text(encoding="utf-8"))
+
+
+def test_each_model_and_task_is_there_once():
+    """No row twice."""
+    assert len({(r["model"], r["task"]) for r in ROWS}) == len(ROWS) >= 15
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda r: f"{r['model']}-{r['task']}")
+def test_hours_times_price_are_dollars_and_memory_parts_add_up(row):
+    """And work over speed is hours."""
+    if row["usd_per_hour"] is not None:
+        assert row["usd"] == pytest.approx(row["hours"] * row["usd_per_hour"])
+    assert sum(row["memory_parts_gib"].values()) == pytest.approx(row["memory_gib"])
+    assert float(row["work"].split()[0]) / row["speed"] / 3600 == pytest.approx(row["hours"], rel=1e-3)
+
+
+def test_the_small_network_stays_on_this_computer():
+    """Ten million parameters need no accelerator, whatever is done with them, and the words say so."""
+    small = [r for r in ROWS if r["model"] == "small"]
+
+    assert all(9e6 < r["parameters"] < 1.2e7 for r in small)
+    assert all(
+        r["answer"].endswith("this computer's CPU") and r["advice"].startswith("Take this computer") for r in small
+    )
+
+
+def test_adapters_cost_less_than_training_and_larger_models_more():
+    """Of one family, in both directions."""
+    usd = {(r["model"], r["task"]): r["usd"] for r in ROWS}
+    sizes = ["llama 8B", "llama 70B", "llama 405B"]
+
+    for task in ("train", "finetune", "serve"):
+        assert [usd[m, task] for m in sizes] == sorted(usd[m, task] for m in sizes)
+    assert all(usd[m, "finetune"] < usd[m, "train"] for m in sizes)
+
+
+def test_the_page_has_the_rows():
+    """What the page shows is what was measured."""
+    page = (ROOT / "docs" / "advise-table.md").read_text(encoding="utf-8")
+
+    for row in ROWS:
+        assert f"| {row['model']} | {row['task']} | {row['work']} | {row['answer']} |" in page
+        assert row["advice"] in page
