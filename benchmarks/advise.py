@@ -100,7 +100,7 @@ def table(rows: list[dict]) -> str:
         "# Advice on seven models",
         "",
         "Made by `python benchmarks/advise.py`; the options of each row are in `benchmarks/results/advise.json`. Seconds are of whole",
-        "processes, alone on a virtual machine with 2 cores; cold is without any kept capture. Dollars are on demand: hours x dollars an",
+        "processes on a virtual machine with 2 cores that other work shared (an upper limit); cold is without any kept capture. Dollars are on demand: hours x dollars an",
         "hour, for the tokens or samples named (defaults; see [advice](advise.md)). Fine-tuning trains adapters of rank 16 (all",
         "parameters of the recommender: its tables take none). Prices are of the shipped catalogue; many have no date.",
         "",
