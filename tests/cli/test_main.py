@@ -29,7 +29,7 @@ def launch(monkeypatch: pytest.MonkeyPatch):
         print("chatter of a library")
         return module.answer
 
-    module.run_train = module.run_verify = record
+    module.run_train = module.run_verify = module.run_verify_forward = record
     monkeypatch.setitem(sys.modules, "plait.run.launch", module)
     return module
 
