@@ -149,9 +149,9 @@ def _cores() -> int:
 
 
 def _default_output(model: Any, name: str) -> Path:
-    if isinstance(model, str | os.PathLike) and Path(model).is_dir():
+    if isinstance(model, str | os.PathLike) and os.path.isdir(model):  # noqa: PTH112 - a target may be longer than a name
         return Path(model) / "exports"
-    return Path("exports") / "".join(c if c.isalnum() or c in "=-." else "_" for c in name.rsplit("/", 1)[-1])
+    return Path("exports") / "".join(c if c.isalnum() or c in "=-." else "_" for c in name.rsplit("/", 1)[-1])[:100]
 
 
 def _prepared(source: Source, scratch: Path, sizes: Sequence[int], data: Any, tell: Any) -> Prepared:

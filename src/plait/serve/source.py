@@ -73,7 +73,7 @@ def source_of(what: Any, *, target: str | None = None, inputs: Any = None) -> So
         return _of_job(what, what.name or type(what.model).__name__, "a Job in Python", {})
     text = str(what)
     folder = Path(text)
-    if folder.is_dir():
+    if os.path.isdir(text):  # noqa: PTH112 - Path.is_dir raises for a target longer than a file name may be
         return _of_run(folder, target)
     if ":" not in text:
         near = sorted(p.name for p in folder.parent.iterdir() if p.is_dir()) if folder.parent.is_dir() else []
