@@ -53,10 +53,7 @@ def test_fp32_is_equal(tmp_path, backend):
         ("executorch", "int8", 0.999),
         ("onnxruntime", "int8", 0.999),
         ("onnxruntime", "int8-weight", 0.999),
-        ("openvino", "int8", 0.999),
         ("openvino", "int8-weight", 0.999),
-        pytest.param("compile", "int8", 0.999, marks=pytest.mark.slow),
-        pytest.param("aoti", "int8-weight", 0.999, marks=pytest.mark.slow),
     ],
 )
 def test_lower_precisions_are_near(tmp_path, backend, precision, cosine):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,8 +29,9 @@ class ExecuTorch(Backend):
 
     def export(self, subject: Subject, folder: Path, precision: str) -> Mapping[str, Any]:
         """One program for each entry point; how much of it XNNPACK runs is said in the note."""
-        from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
-        from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
+        with _quiet():
+            from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+            from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
 
         shares = []
         for name in subject.entries:
@@ -99,11 +101,13 @@ def _quantised(program: Any, subject: Subject, name: str) -> Any:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what the C++ side writes to stderr about processors it is not on."""
+    """Without what the C++ side writes to stderr about processors it is not on, and its imports' warnings."""
     saved, sink = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     try:
         os.dup2(sink, 2)
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     finally:
         os.dup2(saved, 2)
         os.close(saved)
