@@ -118,8 +118,8 @@ def time_one(model: str, to: str, precision: str, threads: int, seconds: float) 
             task="time",
         )
         found = run_child(request, backend_at(place).interpreter(), limit=400)
-        if found["status"] != "ok":
-            print(model, name, found.get("error"))
+        if found["status"] != "ok" or not found.get("latency"):
+            print(model, name, found.get("error", "nothing was timed"))
             continue
         row["latency"] = found["latency"]
         file.write_text(json.dumps(row, indent=1))

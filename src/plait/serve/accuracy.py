@@ -62,7 +62,7 @@ def _one(eager: torch.Tensor, other: torch.Tensor) -> tuple[float, float, float,
     if not eager.is_floating_point():
         wrong = float((eager != other.to(eager.dtype)).double().mean())
         return (math.inf, wrong, math.inf, 1.0 - wrong) if wrong else (0.0, 0.0, 0.0, 1.0)
-    a, b = eager.double().flatten(), other.double().flatten()
+    a, b = eager.detach().double().flatten(), other.detach().double().flatten()
     same = a == b  # infinities of masks that are equal
     finite = torch.isfinite(a)
     if not torch.equal(finite | same, torch.isfinite(b) | same):

@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 
 from plait.capture.trace import _explained, _masks_unread, _no_noise, call_model
 from plait.errors import CaptureError
+from plait.serve.spelled import spelled
 from plait.serve.subject import Entry, Sample, TensorSpec, write_program
 
 __all__ = ["Flat", "export_entry", "write_sample"]
@@ -176,7 +177,7 @@ def _any_program(
             with _no_noise(), _masks_unread():
                 program = torch.export.export(served, tuple(tensors), dynamic_shapes=shapes, strict=False)
                 if _plain_symbols(program):
-                    return program
+                    return spelled(program)
         except Exception as problem:
             first = first or problem
     raise _explained(first or RuntimeError("no shape could be exported")) from None

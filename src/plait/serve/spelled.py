@@ -1,0 +1,91 @@
+"""Operators that no runtime knows, spelled in those that all know.
+
+A custom operator of a library is a name for its Python code, which export does not look into; ATen has a few that only
+torch's own devices implement. Each is replaced in the exported program by a function with the same result.
+
+    operator                                what it is                                      here
+    transformers.grouped_mm_fallback,       rows of x in groups, each group times a         every row times every matrix,
+    aten._grouped_mm                        matrix of its own (experts)                     then each row's own is picked
+    aten.histc                              how many values lie in each bin                 comparisons, added up
+    aten.diff                               neighbours subtracted                           two slices
+    aten.view                               a reshape that copies nothing                   aten.reshape: a runtime lays tensors
+                                                                                            out as it likes
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from plait.serve.casting import open_dims
+
+__all__ = ["counts", "differences", "grouped_product", "spelled"]
+
+
+def grouped_product(rows: torch.Tensor, weights: torch.Tensor, ends: torch.Tensor, *_: Any) -> torch.Tensor:
+    """[S, K] x [E, K, N] -> [S, N]: rows ends[e-1] to ends[e] times weights[e]; rows after the last end are zero.
+
+    It multiplies E times as much as is needed. Picking each row's matrix first would multiply no more than needed, and copy
+    K x N numbers a row.
+    """
+    place = torch.arange(rows.shape[0], device=rows.device)
+    group = (place[:, None] >= ends[None, :]).sum(1)
+    every = torch.matmul(rows[None], weights)
+    last = weights.shape[0] - 1
+    index = group.clamp(max=last)[None, :, None].expand(1, every.shape[1], every.shape[2])
+    picked = torch.gather(every, 0, index)[0]
+    return torch.where((group <= last)[:, None], picked, torch.zeros_like(picked))
+
+
+def counts(x: torch.Tensor, bins: int = 100, low: float = 0, high: float = 0) -> torch.Tensor:
+    """aten.histc with limits: the last bin holds its upper limit, too; what lies outside is not counted."""
+    if not low < high:
+        return torch.histc(x, bins, low, high)  # limits that the values decide
+    flat = x.reshape(-1)
+    index = ((flat - low) / (high - low) * bins).floor().clamp(max=bins - 1)
+    inside = (flat >= low) & (flat <= high)
+    hits = (index[:, None] == torch.arange(bins, device=x.device)[None, :]) & inside[:, None]
+    return hits.sum(0).to(x.dtype)
+
+
+def differences(
+    x: torch.Tensor,
+    n: int = 1,
+    dim: int = -1,
+    prepend: torch.Tensor | None = None,
+    append: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """aten.diff."""
+    x = torch.cat([part for part in (prepend, x, append) if part is not None], dim)
+    for _ in range(n):
+        later, earlier = x.narrow(dim, 1, x.shape[dim] - 1), x.narrow(dim, 0, x.shape[dim] - 1)
+        x = later ^ earlier if x.dtype == torch.bool else later - earlier
+    return x
+
+
+_BY_NAME: dict[str, Callable[..., torch.Tensor]] = {
+    "transformers.grouped_mm_fallback.default": grouped_product,
+    "aten._grouped_mm.default": grouped_product,
+    "aten.histc.default": counts,
+    "aten.diff.default": differences,
+}
+
+
+def spelled(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+    """The program without the operators above; the same one where it has none of them."""
+    for node in program.graph.nodes:
+        if node.target is torch.ops.aten.view.default:
+            node.target = torch.ops.aten.reshape.default
+    program.graph_module.recompile()
+    if not any(str(node.target) in _BY_NAME for node in program.graph.nodes):
+        return program
+    module: Any = program.module(check_guards=False)
+    for node in module.graph.nodes:
+        if str(node.target) in _BY_NAME:
+            node.target = _BY_NAME[str(node.target)]
+    module.recompile()
+    inputs: Any = program.example_inputs
+    with torch.no_grad():
+        return torch.export.export(module, inputs[0], dynamic_shapes=open_dims(program), strict=False)
