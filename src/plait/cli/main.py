@@ -21,7 +21,19 @@ __all__ = ["run"]
 
 # In the order in which a person meets them. Each is a file of this folder with a function of the verb's name,
 # or with a typer `app` where the verb has verbs of its own.
-_VERBS = ("train", "verify", "plan", "estimate", "validate", "hardware", "advise", "export", "launch", "report", "doctor")
+_VERBS = (
+    "train",
+    "verify",
+    "plan",
+    "estimate",
+    "validate",
+    "hardware",
+    "advise",
+    "export",
+    "launch",
+    "report",
+    "doctor",
+)
 
 
 def run(arguments: Sequence[str] | None = None) -> int:
