@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -88,7 +89,9 @@ def _quantised(program: Any, subject: Subject, name: str) -> Any:
 
     from plait.serve.casting import open_dims
 
-    quantizer = XNNPACKQuantizer().set_global(get_symmetric_quantization_config(is_per_channel=True, is_dynamic=True))
+    config = get_symmetric_quantization_config(is_per_channel=True, is_dynamic=True)
+    # Of linear layers alone: for the whole graph it would also turn the indices of lookups into floats.
+    quantizer = XNNPACKQuantizer().set_operator_type(torch.ops.aten.linear.default, config)
     prepared = prepare_pt2e(program.module(check_guards=False), quantizer)
     with torch.no_grad():
         for sample in subject.entries[name].samples:
@@ -101,14 +104,18 @@ def _quantised(program: Any, subject: Subject, name: str) -> Any:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what the C++ side writes to stderr about processors it is not on, and its imports' warnings."""
-    saved, sink = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    try:
-        os.dup2(sink, 2)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        os.dup2(saved, 2)
-        os.close(saved)
-        os.close(sink)
+    """What the C++ side writes to stderr (of processors that it is not on) is kept, and shown with an error alone."""
+    saved = os.dup(2)
+    with tempfile.TemporaryFile() as sink:
+        try:
+            os.dup2(sink.fileno(), 2)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                yield
+        except RuntimeError as problem:
+            sink.seek(0)
+            written = sink.read().decode(errors="replace").splitlines()
+            raise RuntimeError("; ".join([str(problem), *written[-8:]])) from problem
+        finally:
+            os.dup2(saved, 2)
+            os.close(saved)

@@ -8,8 +8,12 @@ torch's own devices implement. Each is replaced in the exported program by a fun
     aten._grouped_mm                        matrix of its own (experts)                     then each row's own is picked
     aten.histc                              how many values lie in each bin                 comparisons, added up
     aten.diff                               neighbours subtracted                           two slices
+    aten.new_ones, aten.empty_like                                                          aten.full, aten.zeros_like
     aten.view                               a reshape that copies nothing                   aten.reshape: a runtime lays tensors
                                                                                             out as it likes
+    attention, reshaped                     torch's kernel lays its result out so that      a copy after it
+                                            turning it back and reshaping copies nothing;
+                                            what a runtime computes instead does not
 """
 
 from __future__ import annotations
@@ -65,26 +69,57 @@ def differences(
     return x
 
 
+def ones(like: torch.Tensor, size: Any, *, dtype: torch.dtype | None = None, **_: Any) -> torch.Tensor:
+    """aten.new_ones."""
+    return torch.full(size, 1, dtype=dtype or like.dtype)
+
+
+def laid_out_attention(*arguments: Any, **options: Any) -> torch.Tensor:
+    """Attention whose result lies in memory as its shape says."""
+    found = torch.ops.aten.scaled_dot_product_attention.default(*arguments, **options)
+    return torch.clone(found, memory_format=torch.contiguous_format)
+
+
 _BY_NAME: dict[str, Callable[..., torch.Tensor]] = {
     "transformers.grouped_mm_fallback.default": grouped_product,
     "aten._grouped_mm.default": grouped_product,
     "aten.histc.default": counts,
     "aten.diff.default": differences,
+    "aten.new_ones.default": ones,
 }
+_ATTENTION = "aten.scaled_dot_product_attention.default"
+_VIEWS = {torch.ops.aten.transpose.int, torch.ops.aten.permute.default}
+_RESHAPES = {torch.ops.aten.reshape.default, torch.ops.aten.view.default, torch.ops.aten.flatten.using_ints}
+
+
+def _spelling(node: torch.fx.Node) -> Callable[..., torch.Tensor] | None:
+    if str(node.target) == _ATTENTION:
+        return laid_out_attention if _is_reshaped(node) else None
+    return _BY_NAME.get(str(node.target))
+
+
+def _is_reshaped(node: torch.fx.Node) -> bool:
+    """Whether a reshape takes the node's result as it lies in memory, turned or not."""
+    return any(user.target in _RESHAPES or (user.target in _VIEWS and _is_reshaped(user)) for user in node.users)
 
 
 def spelled(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
     """The program without the operators above; the same one where it has none of them."""
+    aten = torch.ops.aten
+    # Operators that take the same arguments and give as much or more.
+    swapped: dict[Any, Any] = {
+        aten.view.default: aten.reshape.default,
+        aten.empty_like.default: aten.zeros_like.default,
+    }
     for node in program.graph.nodes:
-        if node.target is torch.ops.aten.view.default:
-            node.target = torch.ops.aten.reshape.default
+        if node.target in swapped:
+            node.target = swapped[node.target]
     program.graph_module.recompile()
-    if not any(str(node.target) in _BY_NAME for node in program.graph.nodes):
+    if not any(_spelling(node) for node in program.graph.nodes):
         return program
     module: Any = program.module(check_guards=False)
     for node in module.graph.nodes:
-        if str(node.target) in _BY_NAME:
-            node.target = _BY_NAME[str(node.target)]
+        node.target = _spelling(node) or node.target
     module.recompile()
     inputs: Any = program.example_inputs
     with torch.no_grad():
