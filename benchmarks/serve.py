@@ -16,6 +16,7 @@ import json
 import os
 import platform
 import sys
+import sysconfig
 from pathlib import Path
 from typing import Any
 
@@ -131,7 +132,9 @@ def time_one(model: str, to: str, precision: str, threads: int, seconds: float) 
 
 
 def rows_of(model: str) -> list[dict[str, Any]]:
-    return [json.loads(file.read_text()) for file in sorted((WORK / model).glob("row-*.json"))]
+    found = [file.read_text() for file in sorted((WORK / model).glob("row-*.json"))]
+    # Results are kept: without this machine's paths.
+    return [json.loads(t.replace(f"{sysconfig.get_path('purelib')}/", "").replace(f"{ROOT}/", "")) for t in found]
 
 
 def write(date: str) -> None:
@@ -147,7 +150,7 @@ def write(date: str) -> None:
         (
             f"`python benchmarks/serve.py export`, `time`, `write`; torch {torch.__version__.partition('+')[0]}, "
             f"{platform.machine()}, {os.cpu_count()} cores. Largest relative error against eager (max over max) on moved weights "
-            "over all batch sizes and lengths that were tried; `prepared`: checked, but it cannot run here."
+            "over all batch sizes and lengths that were tried; `prepared`: checked, but it cannot run here; an empty cell was not measured."
         ),
         "",
         "| model | " + " | ".join(names) + " |",
