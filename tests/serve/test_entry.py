@@ -25,6 +25,20 @@ def test_names_and_open_sizes(tmp_path):
     assert entry.dims["length"] == (1, 12)
 
 
+def test_inputs_share_one_batch(tmp_path):
+    """A mask that broadcasts has a symbol of its own in the graph, and the same batch in the entry point."""
+
+    class Masked(nn.Module):
+        def forward(self, x, mask):
+            return x.relu() * mask[:, None, :1].expand(x.shape[0], 3, 1)
+
+    entry, _ = export_entry(Masked().eval(), (torch.randn(2, 3, 5), torch.ones(2, 4)), [0, 0], folder=tmp_path, most=8)
+
+    assert [spec.shape[0] for spec in entry.inputs] == ["batch", "batch"]
+    assert entry.dims["batch"] == (1, 8)
+    assert misfit(entry, [(2, 3, 5), (3, 3, 4)]) is not None
+
+
 def test_a_size_that_the_model_fixes_is_a_number(tmp_path):
     """What forward compares with a number is closed by torch.export, and so in the entry point."""
 

@@ -8,6 +8,7 @@ Reads the request, writes the result file again after every stage, so that a cra
 from __future__ import annotations
 
 import json
+import re
 import resource
 import sys
 import traceback
@@ -82,13 +83,15 @@ def main(path: str) -> int:
 
 
 def _explained(problem: Exception, request: Request) -> dict[str, Any]:
-    text = f"{type(problem).__name__}: {problem}".strip()
-    chain, cause = text, problem.__cause__ or problem.__context__
+    text = chain = _plain(f"{type(problem).__name__}: {problem}")
+    innermost, cause = "", problem.__cause__ or problem.__context__
     while cause is not None:
-        chain += f"\n{type(cause).__name__}: {cause}"
+        innermost = _plain(f"{type(cause).__name__}: {cause}")
+        chain += f"\n{innermost}"
         cause = cause.__cause__ or cause.__context__
+    because = f" (because of {_first_lines(innermost)})" if innermost and innermost not in text else ""
     found: dict[str, Any] = {
-        "error": _first_lines(text),
+        "error": _first_lines(text, 160 if because else 300) + because,
         "detail": chain[-6000:],
         "trace": traceback.format_exc()[-6000:],
     }
@@ -104,6 +107,11 @@ def _explained(problem: Exception, request: Request) -> dict[str, Any]:
                 found.update(operator=blamed.operator, where=blamed.where)
                 break
     return found
+
+
+def _plain(text: str) -> str:
+    """Without colours."""
+    return re.sub(r"\x1b\[[0-9;]*m", "", text).strip()
 
 
 def _first_lines(text: str, limit: int = 300) -> str:

@@ -229,14 +229,18 @@ def _specs(
                 shape.append(int(size))
                 continue
             if symbol not in named:
-                word = "batch" if i == batch_dim else "length"
-                number = sum(other.rstrip("0123456789") == word for other in dims)
-                named[symbol] = word if not number else f"{word}{number + 1}"
+                is_batch = i == batch_dim
+                number = sum(name.startswith("length") for name in dims)
+                # All inputs have one batch, though export may give a mask, which broadcasts, a symbol of its own.
+                name_of_size = "batch" if is_batch else f"length{number + 1}" if number else "length"
+                named[symbol] = name_of_size
                 allowed = program.range_constraints[symbol]
                 # torch starts at two because one is special to it; one is checked by running it.
                 low = int(allowed.lower) if allowed.lower > 2 else 1
-                limit = most if word == "batch" else tensor.shape[i]
-                dims[named[symbol]] = (low, min(limit, int(allowed.upper) if allowed.upper < 2**31 else limit))
+                limit = most if is_batch else tensor.shape[i]
+                high = min(limit, int(allowed.upper) if allowed.upper < 2**31 else limit)
+                known = dims.get(name_of_size, (low, high))
+                dims[name_of_size] = (max(low, known[0]), min(high, known[1]))
             shape.append(named[symbol])
         specs.append(TensorSpec(name, _dtype(value), tuple(shape)))
     found: Any = program.graph.output_node().args[0]

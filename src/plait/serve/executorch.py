@@ -115,7 +115,8 @@ def _quiet() -> Iterator[None]:
         except RuntimeError as problem:
             sink.seek(0)
             written = sink.read().decode(errors="replace").splitlines()
-            raise RuntimeError("; ".join([str(problem), *written[-8:]])) from problem
+            telling = [line for line in written if any(word in line for word in ("issing", "rror", "ail"))]
+            raise RuntimeError("; ".join([str(problem), *(telling or written)[-8:]])) from problem
         finally:
             os.dup2(saved, 2)
             os.close(saved)
