@@ -8,6 +8,7 @@ torch's own devices implement. Each is replaced in the exported program by a fun
     aten._grouped_mm                        matrix of its own (experts)                     then each row's own is picked
     aten.histc                              how many values lie in each bin                 comparisons, added up
     aten.diff                               neighbours subtracted                           two slices
+    aten.__and__, aten.__or__               bitwise                                         aten.bitwise_and, aten.bitwise_or
     aten.new_ones, aten.empty_like                                                          aten.full, aten.zeros_like
     aten.view                               a reshape that copies nothing                   aten.reshape: a runtime lays tensors
                                                                                             out as it likes
@@ -110,6 +111,8 @@ def spelled(program: torch.export.ExportedProgram) -> torch.export.ExportedProgr
     swapped: dict[Any, Any] = {
         aten.view.default: aten.reshape.default,
         aten.empty_like.default: aten.zeros_like.default,
+        aten.__and__.Tensor: aten.bitwise_and.Tensor,
+        aten.__or__.Tensor: aten.bitwise_or.Tensor,
     }
     for node in program.graph.nodes:
         if node.target in swapped:
