@@ -1,5 +1,6 @@
 """The chosen threads and cores against the defaults, in turns on one computer.
 
+    python benchmarks/placement.py export                     once: the artefacts that are served, under runs/placement
     python benchmarks/placement.py [--ways "train 1;serve 1"] [--rounds 5] [--steps 12] [-o benchmarks/results/placement.md]
 
 Contenders, each in processes of its own that sleep while another works:
@@ -7,12 +8,13 @@ Contenders, each in processes of its own that sleep while another works:
     chosen    `plait.hardware.placement`: threads by the probe's curve, cores of their own while there are enough
     unpinned  the same threads on any core
     bound     chosen, and every OpenMP thread kept to one core (OMP_PLACES, OMP_PROC_BIND); with more processes than
-              cores, where chosen leaves them on any, every process kept to one core
-    torch     torch alone: as many threads as cores in every process, on any core
+              cores, every process kept to one core, dealt out in turn (rank modulo cores)
+    blocks    more processes than cores only: every process kept to one core, neighbours in rank on the same one
+    torch     the runtime alone: as many threads as cores in every process, on any core
     torchrun  OMP_NUM_THREADS=1, which torchrun sets where several processes share a node; on any core
 
 A round builds the run anew, warms it up, and times `--steps` steps (training of a small GPT) or forwards (serving:
-independent processes, a batch of one). A ratio is the default's time over the chosen one's, round by round.
+independent processes, a batch of one, the model in eager or an exported artefact). A ratio is the default's time over the chosen one's, round by round.
 """
 
 from __future__ import annotations
@@ -46,23 +48,35 @@ WAYS = {
     "train 4, dp=4": (4, "dp=4"),
     "train 4, dp=2,pp=2": (4, "dp=2,pp=2,microbatches=4"),
     "serve 4": (4, ""),
+    "train 4, tp=2,pp=2": (4, "tp=2,pp=2,microbatches=4"),
+    "train 4, pp=4": (4, "pp=4,microbatches=4"),
+    "train 4, tp=4": (4, "tp=4"),
+    "serve 1, onnxruntime": (1, ""),
+    "serve 2, onnxruntime": (2, ""),
+    "serve 1, openvino": (1, ""),
+    "serve 2, openvino": (2, ""),
 }
+ROOT = Path(__file__).resolve().parent.parent
+ARTEFACTS = ROOT / "runs" / "placement"
 LIMIT = 30.0  # s, for building, warming up and timing one round
-CONTENDERS = ("chosen", "unpinned", "bound", "torch", "torchrun")
+CONTENDERS = ("chosen", "torch", "torchrun", "unpinned", "bound", "blocks")
 
 
 def placements(contender: str, processes: int) -> tuple[Placement, ...]:
     chosen = places_here(processes, {})
+    cores = os.cpu_count() or 1
     free = Placement(threads=1, cpus=(), places=(), memory=(), reason="")
     match contender:
         case "unpinned":
             return tuple(replace(one, cpus=(), places=()) for one in chosen)
         case "torch":
-            return (replace(free, threads=os.cpu_count() or 1),) * processes
+            return (replace(free, threads=cores),) * processes
         case "torchrun":
             return (free,) * processes
-        case "bound" if processes > (os.cpu_count() or 1):
-            return tuple(replace(free, cpus=(rank % (os.cpu_count() or 1),)) for rank in range(processes))
+        case "bound" if processes > cores:
+            return tuple(replace(free, cpus=(rank % cores,)) for rank in range(processes))
+        case "blocks" if processes > cores:
+            return tuple(replace(free, cpus=(rank * cores // processes,)) for rank in range(processes))
         case _:
             return chosen
 
@@ -123,16 +137,42 @@ def serve(steps: int) -> float:
     return statistics.median(seconds)
 
 
-def race(way: str, rounds: int, steps: int) -> dict[str, list[float]]:
+def serve_artefact(runtime: str, steps: int) -> float:
+    """Median seconds of a forward of one sample by an exported artefact; OMP_NUM_THREADS is the contender's."""
+    from plait.serve.served import load
+
+    served = load(ARTEFACTS / runtime)
+    inputs = torch.zeros(1, 64, dtype=torch.int64)
+    seconds = []
+    for step in range(20 * steps):
+        begin = time.perf_counter()
+        served(inputs)
+        if step >= 10:
+            seconds.append(time.perf_counter() - begin)
+    return statistics.median(seconds)
+
+
+def export() -> None:
+    """The artefacts of the ways that serve one."""
+    import plait
+
+    report = plait.export(
+        TARGET, "onnxruntime,openvino", output=ARTEFACTS, batch=1, threads=1, seconds=0, compiled=False
+    )
+    print(*(f"{row['backend']} {row['status']} {row.get('error', '')}" for row in report["rows"]), sep="\n")
+
+
+def race(way: str, names: list[str], rounds: int, steps: int) -> dict[str, list[float]]:
     """Seconds of the slowest process by contender and round."""
     processes, plan = WAYS[way]
-    found: dict[str, list[float]] = {name: [] for name in CONTENDERS}
-    teams = {name: Contender(name, processes) for name in CONTENDERS}
+    runtime = way.partition(", ")[2]
+    found: dict[str, list[float]] = {name: [] for name in names}
+    teams = {name: Contender(name, processes) for name in names}
     try:
         for number in range(rounds + 1):
             # Another order each time, so that none always follows the same neighbour.
-            for name in CONTENDERS[number % 5 :] + CONTENDERS[: number % 5]:
-                call = (train, plan, steps) if plan else (serve, steps)
+            for name in names[number % len(names) :] + names[: number % len(names)]:
+                call = (train, plan, steps) if plan else (serve_artefact, runtime, steps) if runtime else (serve, steps)
                 try:
                     seconds = max(teams[name].call(*call, timeout=LIMIT))
                 except WorkerError as problem:
@@ -154,16 +194,20 @@ def ratios(found: dict[str, list[float]], name: str, base: str = "chosen") -> st
     return f"{statistics.median(values):.2f} [{values[0]:.2f}, {values[-1]:.2f}]"
 
 
-def row(way: str, found: dict[str, list[float]]) -> str:
+def row(way: str, names: list[str], found: dict[str, list[float]]) -> str:
     chosen = places_here(WAYS[way][0], {})[0]
     own = f"{1e3 * statistics.median(found['chosen']):.2f}"
-    cells = [ratios(found, name) for name in ("torch", "torchrun", "unpinned", "bound")]
+    cells = [ratios(found, name) if name in found else "" for name in names if name != "chosen"]
     cores = ",".join(map(str, chosen.cpus)) or "any"
     return f"| {way} | {chosen.threads} | {cores} | {own} | {' | '.join(cells)} |"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", nargs="?", choices=["export"])
+    parser.add_argument(
+        "--contenders", default=",".join(CONTENDERS), help="separated by commas, with chosen among them"
+    )
     parser.add_argument("--ways", default=";".join(WAYS), help="separated by semicolons")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=12)
@@ -171,6 +215,10 @@ def main() -> None:
     arguments = parser.parse_args()
     for name in ("OMP_NUM_THREADS", "PLAIT_PIN"):
         os.environ.pop(name, None)
+    if arguments.what == "export":
+        export()
+        return
+    names = arguments.contenders.split(",")
     probe = load_probe()
     if probe is None:
         raise SystemExit("run `plait hardware probe` first: the choice is made from it")
@@ -178,12 +226,14 @@ def main() -> None:
     lines = [
         f"{where}; {arguments.rounds} rounds of {arguments.steps} steps; {datetime.datetime.now(tz=datetime.UTC):%Y-%m-%d}.",
         "",
-        "| way | threads | cores of process 0 | ms chosen | torch's default | torchrun's default | unpinned | bound |",
-        "|---|---|---|---|---|---|---|---|",
+        f"| way | threads | cores of process 0 | ms chosen | {' | '.join(name for name in names if name != 'chosen')} |",
+        f"|{'---|' * (3 + len(names))}",
     ]
     print("\n".join(lines), flush=True)
     for way in arguments.ways.split(";"):
-        lines.append(row(way, race(way, arguments.rounds, arguments.steps)))
+        processes = WAYS[way][0]
+        racing = [name for name in names if name != "blocks" or processes > (os.cpu_count() or 1)]
+        lines.append(row(way, names, race(way, racing, arguments.rounds, arguments.steps)))
         print(lines[-1], flush=True)
     if arguments.output:
         arguments.output.write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -13,6 +13,7 @@ from plait.errors import HardwareError, RequestError
 from plait.hardware.placement import (
     NumaNode,
     Topology,
+    _main,
     place,
     places_here,
     read_topology,
@@ -228,3 +229,25 @@ def test_a_probe_of_other_things_stops_nothing(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("plait.hardware.placement.load_probe", lambda: probe(("copy/threads=4", 40.0, "B/s")))
 
     assert "not measured" in places_here(1, {})[0].reason
+
+
+def test_the_words_before_a_servers_command(monkeypatch: pytest.MonkeyPatch):
+    """numactl where there are NUMA nodes and it is installed, else taskset, else the threads alone."""
+    one, near = place(2, two_nodes(), PERFECT)
+    (everywhere,) = place(1, Topology(nodes=(NumaNode(index=0, cores=((0,), (1,))),)), PERFECT)
+    monkeypatch.setattr("plait.hardware.placement.shutil.which", lambda name: f"/usr/bin/{name}")
+
+    assert near.start() == ("env", "OMP_NUM_THREADS=4", "numactl", "--physcpubind=4,5,6,7", "--preferred=1")
+    assert everywhere.start() == ("env", "OMP_NUM_THREADS=2")
+    monkeypatch.setattr("plait.hardware.placement.shutil.which", lambda name: name == "taskset" or None)
+    assert one.start() == ("env", "OMP_NUM_THREADS=4", "taskset", "-c", "0,1,2,3")
+    monkeypatch.setattr("plait.hardware.placement.shutil.which", lambda name: None)
+    assert one.start() == ("env", "OMP_NUM_THREADS=4")
+
+
+def test_a_start_file_asks_for_one_of_its_processes(capsys: pytest.CaptureFixture[str]):
+    """By its number; one that is none of them is refused."""
+    assert _main(["--processes", "1", "--start"]) == 0
+    assert capsys.readouterr().out.startswith("env OMP_NUM_THREADS=")
+    assert _main(["--processes", "2", "--index", "2", "--start"]) == 2
+    assert "--index 2 is none of 2 processes" in capsys.readouterr().err

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import time
 
 import pytest
@@ -79,3 +81,22 @@ def test_processes_keep_to_their_own_cores(monkeypatch: pytest.MonkeyPatch, capf
     assert found == [(3, sorted(one.cpus) or allowed) for one in chosen]
     assert capfd.readouterr().err.count("OMP_NUM_THREADS=3 is set and wins") == 1
     assert os.environ["OMP_NUM_THREADS"] == "3"
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two cores")
+def test_a_launchers_process_is_placed_once() -> None:
+    """Its share of the cores, by torchrun's numbers; asked again (`plait.start(train=False)` does) it keeps the same."""
+    code = (
+        "import os, torch; from plait.run.processes import settle_under_launcher\n"
+        "for _ in range(2):\n"
+        "    settle_under_launcher()\n"
+        "    print(torch.get_num_threads(), sorted(os.sched_getaffinity(0)))\n"
+    )
+    environment = {**os.environ, "LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": "1", "RANK": "1", "PLAIT_DEVICE": "cpu"}
+    environment.pop("OMP_NUM_THREADS", None)
+    found = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60, check=True
+    )
+    mine = places_here(2, {})[1]
+
+    assert found.stdout.splitlines() == [f"{mine.threads} {sorted(mine.cpus)}"] * 2

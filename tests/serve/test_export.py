@@ -141,7 +141,7 @@ def test_each_failure_stays_its_own(more_backends, tmp_path):
     assert found["absent"]["status"] == "missing"
     assert "pip install 'plait[absent]'" in found["absent"]["error"]
     assert found["program"]["status"] == "ok"
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["program", "report.json"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["program", "report.json", "serve.sh"]
 
 
 def test_sizes_are_closed_where_a_runtime_cannot_leave_them_open(more_backends, tmp_path):

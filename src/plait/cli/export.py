@@ -46,7 +46,12 @@ def export(
     ] = "1,8",
     threads: Annotated[
         str,
-        typer.Option("--threads", metavar="N[,...]", help="Threads to time with; default: all.", show_default=False),
+        typer.Option(
+            "--threads",
+            metavar="N[,...]",
+            help="Threads to time with, and for --tune to choose from; default: as measured for one process, and all counts.",
+            show_default=False,
+        ),
     ] = "",
     data: Annotated[
         Path | None,
@@ -80,7 +85,7 @@ def export(
         float, typer.Option("--limit", min=1, metavar="S", help="Seconds that a backend may take before it is stopped.")
     ] = 600,
     tune: Annotated[bool, typer.Option("--tune", help="Search the fastest settings on this machine.")] = False,
-    tune_seconds: Annotated[float, typer.Option("--tune-seconds", min=1, metavar="S", help="Of searching.")] = 60,
+    tune_seconds: Annotated[float, typer.Option("--tune-seconds", min=1, metavar="S", help="For all of --tune.")] = 60,
     tune_for: Annotated[
         str, typer.Option("--tune-for", metavar="latency|throughput", help="Of the first --batch, or over all of them.")
     ] = "latency",

@@ -101,6 +101,17 @@ class Placement(Record):
         where = f"--preferred={self.memory[0]}" if one else f"--interleave={','.join(map(str, self.memory))}"
         return ("numactl", f"--physcpubind={','.join(map(str, self.cpus))}", where) if self.cpus else ("numactl", where)
 
+    def start(self) -> tuple[str, ...]:
+        """What to put before a server's command, so that it starts with its threads, on its cores and near its memory.
+
+        `env` with OMP_NUM_THREADS, then numactl where there are NUMA nodes, or taskset; without these two where they are not installed.
+        """
+        numactl, taskset = self.numactl(), ("taskset", "-c", ",".join(map(str, self.cpus)))
+        keep = (
+            numactl if numactl and shutil.which("numactl") else taskset if self.cpus and shutil.which("taskset") else ()
+        )
+        return ("env", f"OMP_NUM_THREADS={self.threads}", *keep)
+
     def pin(self) -> bool:
         """Keep this process (its threads from now on) to its CPUs; False where the system has no such call or refuses.
 
@@ -326,20 +337,27 @@ def place_here(processes: int = 1, index: int = 0, environment: Mapping[str, str
 
 
 def _main(arguments: Sequence[str] | None = None) -> int:
-    """For job files: the number of threads, or the words of numactl, for the first of a node's processes."""
+    """For job files and start files: the number of threads, the words of numactl, or all words before a process's command."""
     parser = argparse.ArgumentParser(prog="python -m plait.hardware.placement", description=__doc__)
     parser.add_argument("--processes", type=int, required=True, metavar="N", help="of this node")
     parser.add_argument(
         "--numactl", action="store_true", help="numactl's words instead, where it is installed and needed"
     )
+    parser.add_argument("--start", action="store_true", help="instead: what to put before the process's command")
+    parser.add_argument("--index", type=int, default=0, metavar="I", help="of the process, 0 first")
     asked = parser.parse_args(arguments)
     try:
-        chosen = place_here(asked.processes)
+        places = places_here(asked.processes)
+        if not 0 <= asked.index < len(places):
+            raise RequestError(
+                f"--index {asked.index} is none of {asked.processes} processes", hint="the first one is 0"
+            )
+        chosen = places[asked.index]
     except PlaitError as problem:
         sys.stderr.write(f"error: {problem}\n")
         return problem.exit_status
-    words = chosen.numactl() if shutil.which("numactl") else ()
-    sys.stdout.write(f"{' '.join(words) if asked.numactl else chosen.threads}\n")
+    words = chosen.start() if asked.start else chosen.numactl() if shutil.which("numactl") else ()
+    sys.stdout.write(f"{' '.join(words) if asked.numactl or asked.start else chosen.threads}\n")
     return 0
 
 

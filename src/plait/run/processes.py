@@ -241,12 +241,16 @@ def settle(placement: Placement, *, is_first: bool = False) -> None:
 def settle_under_launcher() -> None:
     """The same for a process that torchrun (or another launcher) started.
 
-    Nothing is done where the launcher does not say how many processes share this node.
+    Nothing is done where the launcher does not say how many processes share this node, nor a second time in the same
+    process: what it may use then is its own share already.
     """
     count, index = os.environ.get("LOCAL_WORLD_SIZE", ""), os.environ.get("LOCAL_RANK", "")
+    if os.environ.get("PLAIT_PLACED") == str(os.getpid()):
+        return
     if not (count.isdigit() and index.isdigit() and int(index) < int(count)):
         return
     placement = place_here(int(count), int(index))
+    os.environ["PLAIT_PLACED"] = str(os.getpid())
     os.environ.setdefault("OMP_NUM_THREADS", str(placement.threads))
     settle(placement, is_first=os.environ.get("RANK") == "0")
 

@@ -28,6 +28,7 @@ from plait.run.optimizers import check_elementwise, default_optimizer
 from plait.run.own_modules import apply_own_modules, refuse_uncaptured
 from plait.run.pipeline import run_pipeline, schedule_for
 from plait.run.precision import autocast_for
+from plait.run.processes import settle_under_launcher
 from plait.run.room import refuse_too_large
 from plait.run.shares import shares
 from plait.run.weights import load_weights
@@ -101,6 +102,7 @@ def start(
         # Nothing is recomputed without a backward, and a zero-bubble schedule would gather FSDP's shards for one.
         schedule = "gpipe" if bound.schedule == "zerobubble" else bound.schedule
         bound = replace(bound, recompute="none", recompute_segments=None, schedule=schedule)
+        settle_under_launcher()
     world = world or join(bound)
     if not isinstance(job.model, torch.nn.Module):
         refuse_too_large(build(job, seed=seed, values=False).module, bound, world, train=train)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar
@@ -14,10 +14,19 @@ from plait.serve.subject import Subject
 __all__ = ["Aoti"]
 
 
+_VARIANTS: Mapping[str, Mapping[str, Any]] = {
+    # Weights become constants, laid out for the kernels that read them.
+    "freezing": {"freezing": True},
+    # Inductor's tuner: for each matrix multiplication the quickest of its own C++ templates and the library's, on this machine.
+    "autotune": {"freezing": True, "max_autotune": True, "max_autotune_gemm_backends": "CPP,ATEN"},
+}
+
+
 class Aoti(Backend):
     """`<entry>.pt2`, which holds a shared library and the weights."""
 
     name = "aoti"
+    openmp = True
     precisions: ClassVar[tuple[str, ...]] = ("fp32", "bf16", "fp16", "int8", "int8-weight")
 
     def missing(self) -> str:
@@ -29,6 +38,10 @@ class Aoti(Backend):
         if precision.startswith("int8") and find_spec("torchao") is None:
             return "torchao not installed: pip install 'plait[quant]'"
         return super().refusal(subject, precision)
+
+    def variants(self, precision: str) -> Sequence[str]:
+        """Inductor's settings that pay on CPUs; the int8 weights are no constants that it could pack."""
+        return () if precision.startswith("int8") else tuple(_VARIANTS)
 
     def export(self, subject: Subject, folder: Path, precision: str) -> Mapping[str, Any]:
         """One package for each entry point."""
@@ -44,7 +57,9 @@ class Aoti(Backend):
                 program = exported(program, weight_only=precision == "int8-weight")
             else:
                 program = cast(program, precision)
-            torch._inductor.aoti_compile_and_package(program, package_path=str(folder / f"{name}.pt2"))
+            torch._inductor.aoti_compile_and_package(
+                program, package_path=str(folder / f"{name}.pt2"), inductor_configs=dict(_VARIANTS.get(self.variant, {}))
+            )
         return {"note": "runs on processors with this one's instructions, with the same torch"}
 
     def load(self, artefact: Artefact) -> Runner:

@@ -83,6 +83,8 @@ def _once(
     report.set(stage="exporting")
     begin = time.perf_counter()
     facts = {**closed, **backend.export(subject, folder, precision)}
+    if backend.variant:
+        facts["variant"] = backend.variant
     size = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
     report.set(export_s=time.perf_counter() - begin, bytes=size, versions=backend.versions())
     _refuse_size(backend, subject, size, precision)

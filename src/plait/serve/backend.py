@@ -85,6 +85,10 @@ class Backend(ABC):
     """False: a row for comparison, which leaves no artefact."""
     quantised_weights: ClassVar[bool] = True
     """Whether an int8 artefact is expected to be smaller than the parameters in fp32."""
+    openmp: ClassVar[bool] = False
+    """Whether its threads are OpenMP's, so that OpenMP's own variables change how it runs."""
+    variant: str = ""
+    """Which of `variants` to export; empty: none of them. Set before `export`."""
 
     def interpreter(self) -> str:
         """The Python that the child runs in; this one unless the runtime has an environment of its own.
@@ -125,6 +129,13 @@ class Backend(ABC):
     def knobs(self) -> Mapping[str, Sequence[Any]]:
         """Settings of `load` that a tuner may try, each with its values, the default first."""
         return {}
+
+    def variants(self, precision: str) -> Sequence[str]:
+        """Other ways to make the same artefact (settings of a compiler), which a tuner has made and tries beside it.
+
+        Names for folders, in the order of what promises most. `export` finds the one that it is to make in `self.variant`.
+        """
+        return ()
 
     @abstractmethod
     def export(self, subject: Subject, folder: Path, precision: str) -> Mapping[str, Any]:

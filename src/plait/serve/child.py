@@ -37,6 +37,8 @@ class Request:
     result: str
     """JSON file to write."""
     precision: str = "fp32"
+    variant: str = ""
+    """One of the backend's `variants`."""
     batches: tuple[int, ...] = (1,)
     threads: tuple[int, ...] = (1,)
     seconds: float = 4.0
@@ -133,6 +135,7 @@ def _export(request: Request, report: Report) -> None:
 
     torch.set_num_threads(max(request.threads))
     backend = backend_at(request.backend)
+    backend.variant = request.variant
     subject = backend.part(Subject.read(Path(request.subject)))
     report.set(stage="looking", expected=backend.status, keeps=backend.keeps)
     missing = backend.missing()

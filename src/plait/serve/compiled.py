@@ -17,6 +17,7 @@ class Compiled(Backend):
     """The user's module compiled in the process that serves it; int8 by torchao."""
 
     name = "compile"
+    openmp = True
     keeps = False
     distributions = ("torchao",)
     precisions: ClassVar[tuple[str, ...]] = ("fp32", "bf16", "fp16", "int8", "int8-weight")

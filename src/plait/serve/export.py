@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from itertools import islice
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from plait.errors import PlaitError, ServeError
+from plait.hardware.placement import place_here
 from plait.serve.backend import PRECISIONS
 from plait.serve.registry import chosen
 from plait.serve.rows import Rows, served_entry
@@ -60,14 +62,16 @@ def export(
         output: folder for a folder of each backend; default `exports/NAME`, or `exports` in the run directory.
         precision: fp32, bf16, fp16, int8 or int8-weight, or several of them.
         batch: batch sizes to time; an artefact serves from 1 to the largest.
-        threads: numbers of threads to time with; default: all cores.
+        threads: numbers of threads to time with, and for `tune` to choose from; default: what `plait.hardware.placement` chooses
+            for one process of this computer, and for `tune` all counts that fit.
         data: text for an hf: target whose accuracy is measured; by default the job's own data, else its sample batch.
         max_length: positions of the key-value cache of a decoder, which then gets the entry points `prefill` and `decode`, too.
         target: what a run directory trained, where it does not say so itself.
         seconds: for timing each batch size with each number of threads; 0: not timed.
         limit: seconds for each backend before it is stopped.
         compiled: whether torch.compile is timed beside eager.
-        tune: seconds to search the fastest settings in, over the artefacts that work (`plait.serve.tune`); 0: not at all.
+        tune: seconds to search the fastest settings in, over the artefacts that work (`plait.serve.tune`), at most half of them
+            for compiling other variants of them; 0: not at all.
         tune_goal: `latency` of the first batch size, or `throughput` over all of them.
         tune_accuracy: least cosine of a precision below fp32 that may win.
         tune_record: take the settings from this record of an earlier search; nothing is measured.
@@ -88,37 +92,49 @@ def export(
             f"export: no precision {unknown[0]!r}{nearest(unknown[0], PRECISIONS)}",
             hint=f"--precision takes {', '.join(PRECISIONS)}",
         )
-    sizes, counts = _numbers(batch, "batch"), _numbers(threads or _cores(), "threads")
-    if tune_record is not None:
-        from plait.serve.tune_record import Record
-
-        Record.read(Path(tune_record))  # a broken one is refused before anything is made
+    # What servers get on this computer, by its measurement if there is one; OMP_NUM_THREADS wins.
+    place = place_here()
+    sizes, counts = _numbers(batch, "batch"), _numbers(threads or place.threads, "threads")
+    wanted = _tuning_checked(tune, tune_record, counts if threads else None)
     from plait.serve.source import source_of
 
     tell("", "building the model")
     source = source_of(model, target=target, inputs=inputs)
     out = Path(output) if output is not None else _default_output(model, source.name)
     try:
-        with _folder(scratch) as place:
-            prepared = _prepared(source, place, sizes, data, tell)
+        with _folder(scratch) as folder:
+            prepared = _prepared(source, folder, sizes, data, tell)
             decoder = None if max_length is None else _decoder(source, prepared, max_length, max(sizes), tell)
-            job = Rows(source, prepared, place, out, sizes, counts, seconds, limit, compiled, tell)
+            job = Rows(source, prepared, folder, out, sizes, counts, seconds, limit, compiled, tell)
             rows = [job.row(name, module, p) for name, module in places.items() for p in precisions]
+            begin = time.monotonic()
+            left: list[str] = []
+            if tune or wanted:
+                from plait.serve.tune_export import variant_rows
+
+                made, left = variant_rows(rows, job, places, tune / 2, wanted, lambda text: tell("tune", text))
+                rows += made
+            tune = max(tune / 2, tune - (time.monotonic() - begin)) if tune else 0.0
     except OSError as problem:
         raise PlaitError(
             f"export: the captured model cannot be written to {scratch or tempfile.gettempdir()}: {problem.strerror or problem}",
             hint="if the disk is full, free some space, or let TMPDIR name a folder that has it",
         ) from None
     report = _report(source, prepared, rows, sizes, counts)
+    report["placement"] = {"threads": place.threads, "reason": "as asked for" if threads else place.reason}
     if decoder is not None:
         report["decoder"] = decoder
     if tune or tune_record is not None:
-        from plait.serve.tune import tuned
+        from plait.serve.tune_export import tuned
 
         try:
-            report["tuned"] = tuned(rows, out, sizes, tune, tune_goal, tune_accuracy, tune_record, tell)
+            asked = counts if threads else None
+            report["tuned"] = tuned(rows, out, sizes, tune, tune_goal, tune_accuracy, tune_record, tell, threads=asked)
+            report["tuned"]["left_out"] = left
         except ServeError as problem:  # what was exported stays, and is told
             report["tuned"] = {"error": problem.message, "hint": problem.hint}
+    if any(row["status"] == "ok" and "folder" in row for row in rows):
+        _write_start(out, report)
     _write_report(out, report)
     return report
 
@@ -144,8 +160,18 @@ def _numbers(value: int | Sequence[int], what: str) -> tuple[int, ...]:
     return found
 
 
-def _cores() -> int:
-    return len(os.sched_getaffinity(0))
+def _tuning_checked(seconds: float, record: str | os.PathLike[str] | None, threads: Sequence[int] | None) -> str | None:
+    """What artefact a record is of; broken records and counts that cannot be tried are refused before anything is made."""
+    if record is not None:
+        from plait.serve.tune_record import Record
+
+        found = Record.read(Path(record))
+        return found.identities[found.best.artefact]
+    if seconds and threads is not None:
+        from plait.serve.tune import check_threads
+
+        check_threads(threads)
+    return None
 
 
 def _default_output(model: Any, name: str) -> Path:
@@ -230,6 +256,18 @@ def _report(
         "rows": rows,
         "best": best_rows(rows),
     }
+
+
+def _write_start(out: Path, report: dict[str, Any]) -> None:
+    from plait.serve.start_file import NAME, start_file
+
+    tuned = report.get("tuned")
+    text = start_file(report["model"], out, report["rows"], tuned if tuned and "error" not in tuned else None)
+    try:
+        (out / NAME).write_text(text, encoding="utf-8")
+        report["placement"]["start_file"] = str(out / NAME)
+    except OSError as problem:
+        report["report_error"] = f"{NAME} was not written: {problem.strerror}"
 
 
 def _write_report(out: Path, report: dict[str, Any]) -> None:

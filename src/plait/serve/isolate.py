@@ -12,13 +12,14 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import plait
 from plait.serve.child import Request
 
-__all__ = ["run_child"]
+__all__ = ["environment_of", "run_child"]
 
 
 def run_child(
@@ -40,7 +41,7 @@ def run_child(
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env=_environment(request, interpreter, folder),
+                env={**environment_of(interpreter, folder), "OMP_NUM_THREADS": str(max(request.threads))},
                 start_new_session=True,
             )
             try:
@@ -55,29 +56,42 @@ def run_child(
         return values
 
 
-def _environment(request: Request, interpreter: str, folder: Path) -> dict[str, str]:
+def environment_of(interpreter: str, folder: Path) -> dict[str, str]:
+    """The variables of a child in `interpreter`: this process's, and where it finds plait.
+
+    `folder`: one to write into, for a child in another environment.
+    """
     environment = dict(os.environ)
-    environment["OMP_NUM_THREADS"] = str(max(request.threads))
     # Else the first thread that computes would be tied to one core, and a runtime's own threads with it.
     environment.pop("KMP_AFFINITY", None)
     environment.setdefault("HF_HUB_OFFLINE", "1")
     environment["PYTHONWARNINGS"] = "ignore"
-    environment.setdefault(
-        "TORCHAO_FORCE_SKIP_LOADING_SO_FILES", "1"
-    )  # they are CUDA's, and these children compute on CPUs
+    # They are CUDA's, and these children compute on CPUs.
+    environment.setdefault("TORCHAO_FORCE_SKIP_LOADING_SO_FILES", "1")
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         environment.pop(name, None)
     if interpreter == sys.executable:
         # The child finds what this process finds, the user's own modules too.
         environment["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(filter(None, sys.path)))
     else:
-        # Another environment has packages of its own and gets plait alone.
-        alone = folder / "plait-alone"
-        alone.mkdir()
-        (alone / "plait").symlink_to(Path(plait.__file__).resolve().parent)
-        environment["PYTHONPATH"] = str(alone)
+        environment["PYTHONPATH"] = str(_plait_alone(folder))
         environment.pop("PYTHONHOME", None)
     return environment
+
+
+def _plait_alone(folder: Path) -> Path:
+    """A folder with plait and none of its neighbours: another environment has packages of its own.
+
+    With its metadata, because backends are found by entry points.
+    """
+    alone = folder / "plait-alone"
+    info = alone / f"plait-{plait.__version__}.dist-info"
+    info.mkdir(parents=True)
+    (alone / "plait").symlink_to(Path(plait.__file__).resolve().parent)
+    own = metadata.distribution("plait")
+    for name in ("METADATA", "entry_points.txt"):
+        (info / name).write_text(own.read_text(name) or "", encoding="utf-8")
+    return alone
 
 
 def _wait(child: subprocess.Popen[bytes], result: Path, limit: float, tell: Callable[[str], None]) -> bool:

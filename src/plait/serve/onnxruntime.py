@@ -35,13 +35,15 @@ class OnnxRuntime(Backend):
         return super().refusal(subject, precision)
 
     def knobs(self) -> Mapping[str, Sequence[Any]]:
-        """What changes latency and never results."""
+        """What changes latency, and results by rounding at most."""
         return {
             "spinning": (True, False),
-            "execution": ("sequential", "parallel"),
-            "optimisation": ("all", "extended"),
+            "optimisation": ("all", "extended", "basic"),
+            "inter_op": (0, 2),  # threads that run independent operators beside each other; 0: one after another
             "arena": (True, False),
-            "inter_op": (1, 2),
+            "memory_pattern": (True, False),
+            "prepacking": (True, False),
+            "dynamic_block": (0, 4),  # a matrix multiplication is cut into smaller blocks towards its end
         }
 
     def export(self, subject: Subject, folder: Path, precision: str) -> Mapping[str, Any]:
@@ -73,12 +75,17 @@ class OnnxRuntime(Backend):
         options.intra_op_num_threads = artefact.threads
         options.log_severity_level = 3
         options.add_session_config_entry("session.intra_op.allow_spinning", "1" if knobs.get("spinning", True) else "0")
-        if knobs.get("execution") == "parallel":
+        if knobs.get("inter_op"):
             options.execution_mode = onnxruntime.ExecutionMode.ORT_PARALLEL
-            options.inter_op_num_threads = int(knobs.get("inter_op", 1))
+            options.inter_op_num_threads = int(knobs["inter_op"])
         options.enable_cpu_mem_arena = bool(knobs.get("arena", True))
-        if knobs.get("optimisation") == "extended":
-            options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+        options.enable_mem_pattern = bool(knobs.get("memory_pattern", True))
+        if not knobs.get("prepacking", True):
+            options.add_session_config_entry("session.disable_prepacking", "1")
+        if knobs.get("dynamic_block"):
+            options.add_session_config_entry("session.dynamic_block_base", str(int(knobs["dynamic_block"])))
+        level = str(knobs.get("optimisation", "all")).upper()
+        options.graph_optimization_level = getattr(onnxruntime.GraphOptimizationLevel, f"ORT_ENABLE_{level}")
         session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         taken = {value.name for value in session.get_inputs()}
         names = [spec.name for spec in artefact.entry.inputs]

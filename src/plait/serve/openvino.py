@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -29,8 +30,18 @@ class OpenVino(Backend):
     precisions: ClassVar[tuple[str, ...]] = ("fp32", "bf16", "int8", "int8-weight")
 
     def knobs(self) -> Mapping[str, Sequence[Any]]:
-        """What changes latency and never results."""
-        return {"hint": ("LATENCY", "THROUGHPUT"), "streams": (1, 2), "pinning": (True, False)}
+        """What changes latency, and results by rounding at most; core types and hyper-threads where the processor has them."""
+        found: dict[str, Sequence[Any]] = {
+            "hint": ("LATENCY", "THROUGHPUT"),
+            "streams": (1, 2),
+            "pinning": (True, False),
+        }
+        if Path("/sys/devices/cpu_atom").exists():
+            found["core_type"] = ("ANY_CORE", "PCORE_ONLY", "ECORE_ONLY")
+        with suppress(OSError):
+            if Path("/sys/devices/system/cpu/smt/active").read_text(encoding="ascii").strip() == "1":
+                found["hyper_threading"] = (True, False)
+        return found
 
     def export(self, subject: Subject, folder: Path, precision: str) -> Mapping[str, Any]:
         """One model for each entry point, with its sizes as open as the program's."""
@@ -61,6 +72,10 @@ class OpenVino(Backend):
         }
         if artefact.precision in _GROUPS:
             config["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = _GROUPS[artefact.precision]
+        if "core_type" in knobs:
+            config["SCHEDULING_CORE_TYPE"] = str(knobs["core_type"])
+        if "hyper_threading" in knobs:
+            config["ENABLE_HYPER_THREADING"] = bool(knobs["hyper_threading"])
         if "streams" in knobs:
             config["NUM_STREAMS"] = int(knobs["streams"])
         core = openvino.Core()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,33 +50,47 @@ class Rows:
         self._tell = tell
         self._loss = task_loss(source)
 
-    def row(self, name: str, place: str, precision: str) -> dict[str, Any]:
-        """What became of one backend in one precision; never raises for what happens inside of it."""
-        start = {"backend": name, "precision": precision}
+    def row(
+        self, name: str, place: str, precision: str, *, variant: str = "", limit: float | None = None
+    ) -> dict[str, Any]:
+        """What became of one backend in one precision; never raises for what happens inside of it.
+
+        `variant`: one of the backend's, which is not timed here; `limit` in seconds, where it is not the export's own.
+        """
+        start = {"backend": name, "precision": precision, **({"variant": variant} if variant else {})}
         try:
             backend = backend_at(place)
+            backend.variant = variant
             interpreter = backend.interpreter()
         except PlaitError as problem:
             return {**start, "status": "missing", "error": problem.message, "hint": problem.hint}
-        folder = self._out / (name if precision == "fp32" else f"{name}-{precision}")
+        folder = self._out / "-".join(filter(None, (name, "" if precision == "fp32" else precision, variant)))
+        work = _Work(
+            backend=backend,
+            place=place,
+            interpreter=interpreter,
+            precision=precision,
+            seconds=0.0 if variant else self._seconds,
+            limit=self._limit if limit is None else limit,
+        )
         try:
-            return {**start, **self._made(backend, place, interpreter, precision, folder)}
+            return {**start, **self._made(work, folder)}
         except OSError as problem:
             full = problem.errno in (28, 27, 122)  # ENOSPC, EFBIG, EDQUOT
             what = "the disk is full" if full else str(problem.strerror or problem)
             return {**start, "status": "failed", "error": f"{what}: nothing was left in {folder}"}
 
-    def _made(self, backend: Backend, place: str, interpreter: str, precision: str, folder: Path) -> dict[str, Any]:
+    def _made(self, work: _Work, folder: Path) -> dict[str, Any]:
         begin = time.monotonic()
         values: dict[str, Any] = {}
         try:
             with finished_folder(folder) as aside:
-                values = self._child(backend, place, interpreter, precision, aside, "export", self._seconds)
-                if values["status"] not in ("ok", "prepared") or not backend.keeps:
+                values = self._child(work, aside, "export", work.seconds)
+                if values["status"] not in ("ok", "prepared") or not work.backend.keeps:
                     raise _NothingKeptError
-                self._manifest(backend, precision, values).write(aside)
+                self._manifest(work, values).write(aside)
                 if values["status"] == "ok":
-                    self._measure_memory(backend, place, interpreter, precision, aside, values)
+                    self._measure_memory(work, aside, values)
             values["folder"] = str(folder)
         except _NothingKeptError:
             pass
@@ -87,32 +101,32 @@ class Rows:
         values["wall_s"] = time.monotonic() - begin
         return values
 
-    def _child(
-        self, backend: Backend, place: str, interpreter: str, precision: str, artefact: Path, task: str, seconds: float
-    ) -> dict[str, Any]:
+    def _child(self, work: _Work, artefact: Path, task: str, seconds: float) -> dict[str, Any]:
         request = Request(
-            backend=place,
+            backend=work.place,
             subject=str(self._prepared.subject.folder),
             artefact=str(artefact.resolve()),
             result=str(self._scratch / "result.json"),
-            precision=precision,
+            precision=work.precision,
+            variant=work.backend.variant,
             batches=self._sizes,
             threads=self._threads,
             seconds=seconds,
             compiled=self._compiled,
             task=task,
         )
-        label = backend.name if precision == "fp32" else f"{backend.name} {precision}"
-        return run_child(request, interpreter, limit=self._limit, tell=lambda stage: self._tell(label, stage))
+        words = (work.backend.name, "" if work.precision == "fp32" else work.precision, work.backend.variant)
+        label = " ".join(filter(None, words))
+        return run_child(request, work.interpreter, limit=work.limit, tell=lambda stage: self._tell(label, stage))
 
-    def _manifest(self, backend: Backend, precision: str, values: dict[str, Any]) -> Manifest:
+    def _manifest(self, work: _Work, values: dict[str, Any]) -> Manifest:
         import plait
 
-        subject = backend.part(self._prepared.subject)
+        subject = work.backend.part(self._prepared.subject)
         facts = values.get("facts", {})
         return Manifest(
-            backend=backend.name,
-            precision=precision,
+            backend=work.backend.name,
+            precision=work.precision,
             entries={name: served_entry(entry, facts) for name, entry in subject.entries.items()},
             source=subject.source,
             weights_sha256=subject.weights_sha256,
@@ -121,11 +135,9 @@ class Rows:
             facts=facts,
         )
 
-    def _measure_memory(
-        self, backend: Backend, place: str, interpreter: str, precision: str, folder: Path, values: dict[str, Any]
-    ) -> None:
+    def _measure_memory(self, work: _Work, folder: Path, values: dict[str, Any]) -> None:
         """Peak memory of a process that only loads the artefact, as a server would, and runs its largest sample."""
-        found = self._child(backend, place, interpreter, precision, folder, "serve", 0)
+        found = self._child(work, folder, "serve", 0)
         if found["status"] == "ok":
             # Of the whole process, and what of it came with loading and running; the rest is Python and torch.
             values["serve_peak_bytes"] = found["serving_bytes"]
@@ -133,6 +145,20 @@ class Rows:
         else:
             values["status"], values["error"] = "failed", f"the finished artefact does not load: {found.get('error')}"
             raise _NothingKeptError
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Work:
+    """What a backend's children have in common."""
+
+    backend: Backend
+    place: str
+    """`module:class`."""
+    interpreter: str
+    precision: str
+    seconds: float
+    """For timing each batch size with each number of threads; 0: not timed."""
+    limit: float
 
 
 class _NothingKeptError(Exception):

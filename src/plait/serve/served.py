@@ -25,7 +25,11 @@ __all__ = ["Function", "Served", "checked", "load"]
 def load(
     folder: str | os.PathLike[str], *, threads: int | None = None, knobs: Mapping[str, Any] | None = None
 ) -> Served:
-    """The artefact in a folder, ready to run on this machine's CPU with `threads` threads (all cores if None).
+    """The artefact in a folder, ready to run on this machine's CPU.
+
+    `threads`: None: as many as `plait.hardware.placement` chooses for a process that may use these cores (by the measurement of
+    `plait hardware probe` where one is kept; OMP_NUM_THREADS wins). `Served.threads` and `Served.reason` say which and why. Cores
+    are left alone: the start file beside an export keeps a server to its own.
 
     Raises:
         ServeError: it is no artefact, was changed, points outside of its folder, its runtime is not installed, or it was only
@@ -44,18 +48,33 @@ def load(
         raise ServeError(f"{place}: {missing}")
     if backend.status == "prepared":
         raise ServeError(f"{place}: {backend.name} artefacts are prepared only; they run where {backend.name} is")
-    return Served(place, manifest, backend, threads or os.cpu_count() or 1, knobs)
+    reason = f"{threads} asked for"
+    if threads is None:
+        from plait.hardware.placement import place_here
+
+        chosen = place_here()
+        threads, reason = chosen.threads, chosen.reason
+    elif threads < 1:
+        raise ServeError(f"{place}: threads={threads} is not a number of threads", hint="give 1 or more, or leave it away")
+    return Served(place, manifest, backend, threads, knobs, reason)
 
 
 class Served:
     """A loaded artefact. Calling it runs `forward`, or its only entry point; others are `served.entry(name)`."""
 
     def __init__(
-        self, folder: Path, manifest: Manifest, backend: Backend, threads: int, knobs: Mapping[str, Any] | None
+        self,
+        folder: Path,
+        manifest: Manifest,
+        backend: Backend,
+        threads: int,
+        knobs: Mapping[str, Any] | None,
+        reason: str = "",
     ) -> None:
         self.folder = folder
         self.manifest = manifest
-        self._backend, self._threads, self._knobs = backend, threads, knobs
+        self.threads, self.reason = threads, reason
+        self._backend, self._knobs = backend, knobs
         self._functions: dict[str, Function] = {}
 
     def entry(self, name: str) -> Function:
@@ -73,7 +92,7 @@ class Served:
                 folder=self.folder,
                 entry=self.manifest.entries[name],
                 precision=self.manifest.precision,
-                threads=self._threads,
+                threads=self.threads,
                 facts=self.manifest.facts,
                 knobs=self._knobs,
             )

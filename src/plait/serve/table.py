@@ -37,6 +37,11 @@ def text(report: Mapping[str, Any]) -> None:
         limits = ", ".join(f"{name} {low} to {high}" for name, (low, high) in entry["dims"].items())
         inputs = ", ".join(f"{i['name']}[{', '.join(map(str, i['shape']))}]" for i in entry["inputs"])
         console.print(f"{entry['name']}({inputs}): {limits or 'this shape only'}", highlight=False)
+    if "placement" in report:
+        placement = report["placement"]
+        console.print(f"threads: {placement['reason']}", highlight=False, soft_wrap=True)
+        if "start_file" in placement:
+            console.print(f"to serve: bash {placement['start_file']} COMMAND...", highlight=False, soft_wrap=True)
     rows = report["rows"]
     _print(console, _artefacts(rows))
     _print(console, _latencies(rows, report["best"]))
@@ -62,11 +67,18 @@ def _tuned(console: Console, tuned: Mapping[str, Any]) -> None:
     parts = [f"threads={best['threads']}", f"batch={best['batch']}"]
     parts += [f"cores={','.join(map(str, best['cpus']))}"] if best["cpus"] else []
     parts += [f"{name}={value}" for name, value in best["knobs"].items()]
+    parts += [f"wait={best['wait']}"] if best["wait"] else []
     how = f"best of {tuned['trials']} configurations" if tuned["measured"] else "from the record, not measured"
-    gain = f"{tuned['best_ms']:.3g} ms a sample" + (
-        f", default settings {tuned['default_ms']:.3g} ms" if tuned["default_ms"] is not None else ""
-    )
-    console.print(f"\ntuned ({how}): {tuned['folder']} with {' '.join(parts)}: {gain}", highlight=False)
+    gain = f"{tuned['best_ms']:.3g} ms a sample"
+    if best == tuned["default"]:
+        gain += "; these are the default settings, nothing beat them by more than chance"
+    elif tuned["default_ms"] is not None:
+        gain += f", {tuned['ratio']:.2f} of the default settings' in turns ({tuned['default_ms']:.3g} ms)"
+    console.print(f"\ntuned ({how}): {tuned['folder']} with {' '.join(parts)}: {gain}", highlight=False, soft_wrap=True)
+    if tuned["warning"]:
+        console.print(f"  {tuned['warning']}", highlight=False, soft_wrap=True)
+    for text in tuned.get("left_out", ()):
+        console.print(f"  left out: {text}", highlight=False, soft_wrap=True)
     shell = " ".join(
         f'{name}="{value}"' if " " in value else f"{name}={value}" for name, value in tuned["environment"].items()
     )
@@ -108,7 +120,8 @@ def _table(columns: Sequence[str]) -> Table:
 
 
 def _name(row: Mapping[str, Any]) -> str:
-    return row["backend"] if row["precision"] == "fp32" else f"{row['backend']} {row['precision']}"
+    words = (row["backend"], "" if row["precision"] == "fp32" else row["precision"], row.get("variant", ""))
+    return " ".join(filter(None, words))
 
 
 def _artefacts(rows: Sequence[Mapping[str, Any]]) -> Table:

@@ -16,6 +16,7 @@ class TorchProgram(Backend):
     """`model.safetensors` under the user's own names, and a program for each entry point."""
 
     name = "torch"
+    openmp = True
     precisions: ClassVar[tuple[str, ...]] = ("fp32", "bf16", "fp16")
 
     def export(self, subject: Subject, folder: Path, precision: str) -> Mapping[str, Any]:

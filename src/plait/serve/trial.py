@@ -3,44 +3,50 @@
 from __future__ import annotations
 
 import json
-import os
 import select
 import subprocess
-import sys
 import tempfile
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from plait.serve.isolate import environment_of
 from plait.serve.tune_record import Configuration
 
-__all__ = ["Trial"]
+__all__ = ["CALLS", "Trial"]
+
+CALLS = 5
+"""Of a turn, in a row: a runtime's threads spin for a moment after a call, which would fall into another one's time."""
+_SLOW = 0.2  # s; a call that takes longer is timed alone
 
 
 class Trial:
-    """A process that starts when this is made; `error` says why it could not load, or what it died of."""
+    """A process that starts when this is made; `error` says why it could not load, or what it died of.
 
-    def __init__(self, configuration: Configuration, *, limit: float) -> None:
+    `interpreter`: the Python that has the artefact's runtime; `openmp`: whether its threads are OpenMP's.
+    """
+
+    def __init__(self, configuration: Configuration, *, interpreter: str, openmp: bool, limit: float) -> None:
         self.configuration = configuration
         self.seconds: list[float] = []
         self.error = ""
+        self.slow = False
         self._limit = limit
         self._folder = tempfile.TemporaryDirectory(prefix="plait-tune-")
-        path = Path(self._folder.name) / "configuration.json"
+        folder = Path(self._folder.name)
+        path = folder / "configuration.json"
         path.write_text(json.dumps(asdict(configuration)), encoding="utf-8")
-        environment = {k: v for k, v in os.environ.items() if not k.startswith(("OMP_", "GOMP_", "KMP_"))}
-        environment |= configuration.environment()
-        import plait
-
-        root = str(Path(plait.__file__).resolve().parents[1])
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, (root, environment.get("PYTHONPATH", ""))))
+        # What the user set for OpenMP is for the default; here each configuration says its own.
+        own = {
+            k: v for k, v in environment_of(interpreter, folder).items() if not k.startswith(("OMP_", "GOMP_", "KMP_"))
+        }
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "plait.serve.tune_worker", configuration.artefact, str(path)],
+            [interpreter, "-m", "plait.serve.tune_worker", configuration.artefact, str(path)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            env=environment,
+            env=own | configuration.environment(openmp=openmp),
             start_new_session=True,
         )
 
@@ -49,6 +55,8 @@ class Trial:
         answer = self._answer()
         if answer is not None and "error" in answer:
             self.error = str(answer["error"])
+        elif answer is not None:
+            self.slow = float(answer["seconds"]) > _SLOW
         return not self.error
 
     @property
@@ -59,20 +67,23 @@ class Trial:
         ordered = sorted(self.seconds)
         return ordered[len(ordered) // 2] / self.configuration.batch
 
-    def measure(self, calls: int) -> None:
-        """Time some calls; the process is idle otherwise."""
+    def measure(self, *, slow: bool) -> None:
+        """One turn: a few calls, or where some are `slow` one; the process is idle otherwise."""
         if self.error:
             return
         assert self._process.stdin is not None
         try:
-            self._process.stdin.write(json.dumps({"calls": calls}).encode() + b"\n")
+            asked = {"calls": 1 if slow else CALLS, "warm": not slow}
+            self._process.stdin.write(json.dumps(asked).encode() + b"\n")
             self._process.stdin.flush()
         except BrokenPipeError:
             self.error = f"the process ended with {self._process.wait()}"
             return
         answer = self._answer()
-        if answer is not None:
+        if answer is not None and "seconds" in answer:
             self.seconds += [float(s) for s in answer["seconds"]]
+        elif answer is not None:
+            self.error = str(answer["error"])
 
     def _answer(self) -> dict[str, Any] | None:
         assert self._process.stdout is not None

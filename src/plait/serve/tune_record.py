@@ -1,10 +1,16 @@
-"""tune.json: every trial with its measurements, the machine, and the configuration that they make the best."""
+"""tune.json: every trial with its measurements, the machine, and the configuration that they make the best.
+
+The last round is the confirmation: the default settings (the first trial) and what the search found, in fresh processes that
+take turns. Best is what was faster there by more than chance; where nothing was, the default settings are the best.
+"""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -14,8 +20,10 @@ from plait.errors import ServeError
 
 __all__ = ["Configuration", "Record", "machine"]
 
-_FORMAT = "plait tuning 1"
+_FORMAT = "plait tuning 2"
 _WAITS = ("", "PASSIVE", "ACTIVE")
+_WORTH = 0.98  # of the default's time, at most: two runs of the same thing differ by up to 2 % here
+_SURE = 0.75  # of the turns, at least, in which the winner was the faster one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,12 +46,13 @@ class Configuration:
             (self.artefact, self.threads, self.cpus, self.batch, self.wait, json.dumps(self.knobs, sort_keys=True))
         )
 
-    def environment(self) -> dict[str, str]:
-        """Variables that have to be there before the process starts."""
+    def environment(self, *, openmp: bool) -> dict[str, str]:
+        """Variables that have to be there before the process starts; `openmp`: the runtime's threads are OpenMP's."""
         found = {"OMP_NUM_THREADS": str(self.threads)}
         if self.wait:
             found["OMP_WAIT_POLICY"] = self.wait
-        if self.cpus:
+        # Elsewhere a runtime's own threads would inherit the one core that OpenMP keeps the main thread to.
+        if self.cpus and openmp:
             found["GOMP_CPU_AFFINITY"] = " ".join(map(str, self.cpus))
         return found
 
@@ -84,7 +93,8 @@ class Record:
     identities: Mapping[str, str]
     """Artefact -> its runtime, precision and the SHA-256 of its weights."""
     trials: Sequence[Mapping[str, Any]]
-    """Each with configuration, calls, p50, p90 and p10 in milliseconds a call, p50 a sample, its rounds, and an error or ''."""
+    """Each with configuration, calls, p50, p90 and p10 in milliseconds a call, p50 a sample, its rounds, and an error or ''.
+    The first is of the default settings."""
     best: Configuration
 
     @classmethod
@@ -112,6 +122,11 @@ class Record:
         """The trial of the default settings."""
         return self.trials[0]
 
+    @property
+    def ratio(self) -> float:
+        """The best one's time a sample over the default's, the median over the turns of the confirmation; 1: it is the default."""
+        return _ratios(self.fastest, self.default)[0]
+
     def write(self, path: Path) -> None:
         """As JSON, whole or not at all."""
         data = {"format": _FORMAT, **asdict(self)}
@@ -132,27 +147,45 @@ class Record:
         """
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
-            if data.pop("format") != _FORMAT:
-                raise ValueError(f"not of the format {_FORMAT!r}")
+            form = data.pop("format")
+            if form != _FORMAT:
+                raise ValueError(f"not of the format {_FORMAT!r}, but {form!r}")
             best = Configuration.from_dict(data.pop("best"))
             trials = [_summed(trial) for trial in data.pop("trials")]
             found = cls(**data, trials=trials, best=best)
+            found._check()
             decided = _best(trials)
         except FileNotFoundError:
             raise ServeError(f"tune record {path}: no such file", hint="`--tune` writes one: tune.json") from None
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as problem:
-            raise ServeError(f"tune record {path}: it is malformed: {problem}") from None
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as problem:
+            raise ServeError(
+                f"tune record {path}: it is malformed: {problem}", hint="search again (--tune): it writes another"
+            ) from None
         if decided != best:
-            raise ServeError(f"tune record {path}: its best is not the one that its measurements say; it was changed")
+            raise ServeError(
+                f"tune record {path}: its best is not the one that its measurements say; it was changed",
+                hint="search again (--tune), or give the record as it was written",
+            )
         return found
+
+    def _check(self) -> None:
+        texts = [*self.identities.items(), (self.goal, "")]
+        if not all(isinstance(word, str) for pair in texts for word in pair) or not isinstance(self.machine, dict):
+            raise ValueError("its goal, machine or identities")
+        if self.best.artefact not in self.identities:
+            raise ValueError("its best artefact is none of its identities")
 
 
 def _summed(trial: Mapping[str, Any]) -> dict[str, Any]:
     """A trial with its figures; those of the last round, in which it met the others that were left."""
     configuration = Configuration.from_dict(trial["configuration"])
     rounds: list[dict[str, Any]] = [
-        {"round": int(r["round"]), "seconds": [float(s) for s in r["seconds"]]} for r in trial["rounds"]
+        {"round": int(r["round"]), "calls_a_turn": int(r["calls_a_turn"]), "seconds": [float(s) for s in r["seconds"]]}
+        for r in trial["rounds"]
     ]
+    for one in rounds:
+        if one["calls_a_turn"] < 1 or not one["seconds"] or not all(0 < s < math.inf for s in one["seconds"]):
+            raise ValueError(f"round {one['round']} of a trial has no positive times")
     error = str(trial["error"])
     found: dict[str, Any] = {"configuration": asdict(configuration), "calls": sum(len(r["seconds"]) for r in rounds)}
     if rounds:
@@ -170,14 +203,38 @@ def _summed(trial: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _best(trials: Sequence[Mapping[str, Any]]) -> Configuration:
-    """The fastest a sample among those measured in the last round: only what was measured together is compared."""
+    """What beat the default settings in the last round, in which they took turns; where nothing did, they."""
+    default = trials[0]
     measured = [t for t in trials if t["calls"]]
     last = max(t["last_round"] for t in measured)
-    longest = max(len(t["rounds"][-1]["seconds"]) for t in measured if t["last_round"] == last)
-    left = [t for t in measured if t["last_round"] == last and len(t["rounds"][-1]["seconds"]) >= longest]
-    return Configuration.from_dict(
-        min(left, key=lambda t: (t["sample_ms"], json.dumps(t["configuration"])))["configuration"]
-    )
+    finalists = [t for t in measured if t["last_round"] == last]
+    if default not in finalists:
+        # It cannot run here (a runtime's own threads, say): the fastest of those that could.
+        fastest = min(finalists, key=lambda t: (t["sample_ms"], json.dumps(t["configuration"])))
+        return Configuration.from_dict(fastest["configuration"])
+    best, least = default, 1.0
+    for trial in finalists:
+        ratio, sure = _ratios(trial, default)
+        if ratio <= _WORTH and sure >= _SURE and ratio < least:
+            best, least = trial, ratio
+    return Configuration.from_dict(best["configuration"])
+
+
+def _ratios(one: Mapping[str, Any], default: Mapping[str, Any]) -> tuple[float, float]:
+    """(median over the turns of the time a sample over the default's of the same turn, share of turns below 1)."""
+    if one is default or not one["calls"] or not default["calls"]:
+        return 1.0, 0.0
+    turns = [_turns(trial) for trial in (one, default)]
+    found = [a / b for a, b in zip(*turns, strict=False)]
+    return statistics.median(found), sum(r < 1 for r in found) / len(found)
+
+
+def _turns(trial: Mapping[str, Any]) -> list[float]:
+    """Median seconds a sample of each turn of the last round."""
+    last, batch = trial["rounds"][-1], trial["configuration"]["batch"]
+    count = last["calls_a_turn"]
+    seconds = last["seconds"]
+    return [statistics.median(seconds[i : i + count]) / batch for i in range(0, len(seconds), count)]
 
 
 def machine() -> dict[str, Any]:

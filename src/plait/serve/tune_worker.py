@@ -2,8 +2,8 @@
 
     python -m plait.serve.tune_worker FOLDER CONFIG.json
 
-Reads lines `{"calls": n}` from stdin and answers `{"seconds": [...]}`; the first line it writes is `{"ready": true}` or
-`{"error": ...}`. Threads, cores and the runtime's environment are set before anything that computes is imported.
+Reads lines `{"calls": n, "warm": true}` from stdin and answers `{"seconds": [...]}`; the first line it writes has the seconds
+of a call, or `{"error": ...}`. `warm`: one call before them that is not timed. Threads, cores and the runtime's environment are set before anything that computes is imported.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,22 +27,22 @@ def main(folder: str, config_file: str) -> int:
     try:
         run = _loaded(Path(folder), config)
         run()
-        run()
+        _answer(answers, seconds=_timed(run))
+        for line in sys.stdin:
+            asked = json.loads(line)
+            if asked["warm"]:
+                run()
+            _answer(answers, seconds=[_timed(run) for _ in range(asked["calls"])])
     except Exception as problem:  # a configuration that a runtime refuses is a result of its trial
         lines = str(problem).strip().splitlines() or [""]
         _answer(answers, error=f"{type(problem).__name__}: {lines[0][:200]}")
-        return 0
-    _answer(answers, ready=True)
-    for line in sys.stdin:
-        calls = int(json.loads(line)["calls"])
-        run()
-        seconds = []
-        for _ in range(calls):
-            begin = time.perf_counter()
-            run()
-            seconds.append(time.perf_counter() - begin)
-        _answer(answers, seconds=seconds)
     return 0
+
+
+def _timed(run: Callable[[], Any]) -> float:
+    begin = time.perf_counter()
+    run()
+    return time.perf_counter() - begin
 
 
 def _answer(answers: Any, **values: Any) -> None:
@@ -57,12 +58,22 @@ def _loaded(folder: Path, config: dict[str, Any]) -> Any:
     served = load(folder, threads=config["threads"], knobs=config["knobs"])
     name = "forward" if "forward" in served.manifest.entries else next(iter(served.manifest.entries))
     function = served.entry(name)
-    inputs = _inputs(function.spec, config["batch"])
+    for whole in (1, 0):
+        inputs = _inputs(function.spec, config["batch"], whole)
+        try:
+            function(*inputs)
+            break
+        except Exception:
+            if not whole:
+                raise
     return lambda: function(*inputs)
 
 
-def _inputs(entry: Any, batch: int) -> list[Any]:
-    """Inputs of an entry point at a batch size and every other open size at its most: zeros where they are whole numbers."""
+def _inputs(entry: Any, batch: int, whole: int = 1) -> list[Any]:
+    """Inputs of an entry point at a batch size and every other open size at its most: normal numbers, or `whole` all over.
+
+    Ones are tokens and masks that hide nothing; zeros are for an index into a table of one row.
+    """
     import torch
 
     generator = torch.Generator().manual_seed(0)
@@ -70,7 +81,7 @@ def _inputs(entry: Any, batch: int) -> list[Any]:
     for spec in entry.inputs:
         shape = [s if isinstance(s, int) else batch if s == "batch" else entry.dims[s][1] for s in spec.shape]
         dtype = getattr(torch, spec.dtype)
-        values = torch.randn(shape, generator=generator) if dtype.is_floating_point else torch.zeros(shape)
+        values = torch.randn(shape, generator=generator) if dtype.is_floating_point else torch.full(shape, whole)
         found.append(values.to(dtype))
     return found
 
