@@ -1,29 +1,32 @@
 """Prefill and decode with a key-value cache, derived from a decoder's captured forward by dataflow alone.
 
-No cache interface is asked of the model. In a decoder everything but attention acts on each position by itself; attention
-reads the keys and values of earlier positions. So, from the graph of `forward(tokens [batch, length]) -> logits`:
+No cache interface is asked of the model. From the graph of `forward(tokens [batch, length]) -> logits`, backwards from the
+logits at one position:
 
-    decode   the same graph at length 1. What depends on the position alone (indices, rotary tables, masks) is
-             computed for all `capacity` positions and its row at `position` taken; where attention reads keys and values,
-             the new ones are put into the cache at `position` and the whole cache is read, later positions masked.
-    prefill  the graph as it is, which also gives out the keys and values, padded to `capacity`.
+    decode   every operator says what it takes of its inputs to give its result there (`needs.py`). Most act on each
+             position by itself, and run at length 1. Attention takes its query at this position and its keys
+             and values at all: these are cached, the new ones put in at `position`. What depends on positions alone
+             (indices, rotary tables, masks, biases) takes the row at `position` of all `capacity` ones. An operator that mixes
+             positions in another way (a running sum, a convolution) is computed over the cache of its inputs, and its row taken.
+    prefill  the graph as it is, which also gives out what is cached, padded to `capacity`.
 
-Attention is `scaled_dot_product_attention` (causal or with a mask), or two matrix products with whatever acts element by
-element and a softmax in between. The cache holds what lies furthest up the chain of reshapes in front of the
-attention and is smallest: key heads before they are repeated. A graph that mixes positions in another way is refused
-with the operator and the user's line; what is derived is compared with the model itself (`decode.py`).
+The cache holds what lies furthest up the chain of layouts in front of the attention and is smallest: key heads before they
+are repeated. Later positions of a cache are zero; a decoder does not look at them, and that it does not is proven by comparing
+with the model itself (`decode.py`).
 """
 
 from __future__ import annotations
 
 import operator
+import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import fx, nn
 
-from plait.serve.attention import VIEWS, Decoder, bound, is_size
+from plait.serve.needs import Need, need
+from plait.serve.positions import ALL, EXACT, FLAT, Path, Positions, View, arguments_of, kind_of, leaves
 
 __all__ = ["CacheSpec", "Derived", "derive"]
 
@@ -59,24 +62,39 @@ def derive(program: torch.export.ExportedProgram, capacity: int) -> Derived:
     Raises:
         ServeError: the graph is not a decoder's, as far as this can tell; with the operator and the user's line.
     """
+    if any(_writes(node) for node in program.graph.nodes):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of torch, about its own use of pytrees
+            program = program.run_decompositions({})
     module: Any = program.module(check_guards=False)
-    source = Decoder(module)
-    source.analyse()
-    order = [n for n in source.nodes if n in source.points]
+    source = Positions(module, capacity)
+    cut = _Cut(source)
+    order = [n for n in source.nodes if n in cut.points]
     caches = [_spec(source, node, f"cache_{i}", capacity) for i, node in enumerate(order)]
-    return Derived(_prefill(source, order, capacity), _Decode(source, order, caches, capacity).module(), caches)
+    return Derived(_prefill(source, order, capacity), _Decode(cut, order, caches, capacity).module(), caches)
 
 
-def _spec(source: Decoder, node: fx.Node, name: str, capacity: int) -> CacheSpec:
-    value = node.meta["val"]
+def _writes(node: fx.Node) -> bool:
+    """Whether an operator writes into its argument, so that it cannot be left out or run twice."""
+    schema = getattr(node.target, "_schema", None)
+    return node.op == "call_function" and schema is not None and bool(schema.is_mutable)
+
+
+def _spec(source: Positions, node: fx.Node, name: str, capacity: int) -> CacheSpec:
+    value, dim = node.meta["val"], _dim(source, node)
     shape: list[int | str] = []
     for i, size in enumerate(value.shape):
         is_batch = isinstance(size, torch.SymInt) and size.node.expr == source.batch
-        shape.append(capacity if i == source.points[node] else "batch" if is_batch else int(size))
-    return CacheSpec(name, tuple(shape), source.points[node], value.dtype)
+        shape.append(capacity if i == dim else "batch" if is_batch else int(size))
+    return CacheSpec(name, tuple(shape), dim, value.dtype)
 
 
-def _prefill(source: Decoder, order: list[fx.Node], capacity: int) -> fx.GraphModule:
+def _dim(source: Positions, node: fx.Node) -> int:
+    """The dim of the positions of a cached tensor."""
+    return next(iter(source.dims(node)))
+
+
+def _prefill(source: Positions, order: list[fx.Node], capacity: int) -> fx.GraphModule:
     graph = fx.Graph()
     made: dict[fx.Node, fx.Node] = {}
     for node in source.nodes:
@@ -86,179 +104,168 @@ def _prefill(source: Decoder, order: list[fx.Node], capacity: int) -> fx.GraphMo
     rest = graph.call_function(operator.sub, (capacity, length))
     outputs = [_last(graph, made[source.logits])]
     for node in order:
-        behind = node.meta["val"].dim() - 1 - source.points[node]
+        behind = node.meta["val"].dim() - 1 - _dim(source, node)
         padding: Any = [*([0, 0] * behind), 0, rest]
         outputs.append(graph.call_function(aten.constant_pad_nd.default, (made[node], padding, 0)))
     graph.output(tuple(outputs))
     return _as_module(source.module, graph)
 
 
-class _Decode:
-    """The graph at length 1, with what attention reads at full capacity."""
+class _Cut:
+    """Which views of which values one position's logits take, and what of it is cached."""
 
-    def __init__(self, source: Decoder, order: list[fx.Node], caches: list[CacheSpec], capacity: int) -> None:
-        self.source, self.graph, self.capacity = source, fx.Graph(), capacity
-        self.one: dict[fx.Node, Any] = {}
-        """Nodes at length 1."""
-        self.all: dict[fx.Node, Any] = {}
-        """Nodes at full capacity."""
+    def __init__(self, source: Positions) -> None:
+        self.source = source
+        self.points: set[fx.Node] = set()
+        """Cached values."""
+        self.wanted: dict[fx.Node, set[View]] = {source.logits: {source.one(source.logits)}}
+        self.needs: dict[tuple[fx.Node, View], Need] = {}
+        """What a view is computed from; a view that is not here is read from the cache, or is a row of ALL."""
+        for node in reversed(source.nodes):
+            for view in list(self.wanted.get(node, ())):
+                self._take(node, view)
+        if not self.points:
+            source.refuse(source.logits, "no position's result depends on another's, so there is nothing to cache")
+
+    def _take(self, node: fx.Node, view: View) -> None:
+        source = self.source
+        if node.op == "placeholder":
+            if view == ALL:
+                self.points.add(node)
+            return
+        if view == ALL and node in source.data and source.cut(node) is node:
+            found = need(source, node, source.one(node))
+            if found is not None:
+                self.points.add(node)
+                self._want(node, source.one(node), found)
+                return
+        found = need(source, node, view)
+        if found is None:
+            kinds = {source.dims(node)[d] for d in view if d >= 0}
+            if kinds - {EXACT, FLAT} or (FLAT in kinds and view != source.one(node)):
+                source.refuse(node, "it mixes positions that it has together with other dims")
+            if FLAT in kinds or -1 in view:  # rows of several positions, of which there is one
+                parents = [(p, n) for p, n in leaves(node) if isinstance(n, fx.Node) and not source.is_size(n)]
+                found = Need({path: source.one(parent) for path, parent in parents}, True)
+            else:
+                self._want(node, ALL, need(source, node, ALL))
+                self.wanted[node].add(view)
+                return
+        self._want(node, view, found)
+
+    def _want(self, node: fx.Node, view: View, found: Need | None) -> None:
+        assert found is not None
+        self.wanted[node].add(view)
+        self.needs[node, view] = found
+        for path, parent in leaves(node):
+            if isinstance(parent, fx.Node) and not self.source.is_size(parent):
+                self.wanted.setdefault(parent, set()).add(self.source.normal(parent, found.views[path]))
+
+
+class _Decode:
+    """The graph at one position, with what attention reads at full capacity."""
+
+    def __init__(self, cut: _Cut, order: list[fx.Node], caches: list[CacheSpec], capacity: int) -> None:
+        self.cut, self.source, self.graph, self.capacity = cut, cut.source, fx.Graph(), capacity
+        self.made: dict[tuple[fx.Node, View], Any] = {}
         self.tokens = self.graph.placeholder("tokens")
         self.position = self.graph.placeholder("position")
         self.held = {n: self.graph.placeholder(c.name) for n, c in zip(order, caches, strict=True)}
-        self.updated: dict[fx.Node, Any] = {}
-        self.rows: dict[tuple[fx.Node, int], Any] = {}
         self.every: Any = None
         self.batch: Any = None
 
     def module(self) -> fx.GraphModule:
         """The decode step."""
         source = self.source
-        self.one[source.tokens] = self.tokens
-        logits = source.logits
+        self.made[source.tokens, source.one(source.tokens)] = self.tokens
         for node in source.nodes:
-            if node in source.data and node is not source.tokens:
-                self._at_one(node)
-        outputs = [_last(self.graph, self.one[logits]), *(self.updated[n] for n in self.held)]
+            # All positions first: a row may be taken of them. Where they are cached, the new one comes first.
+            for view in sorted(self.cut.wanted.get(node, ()), key=len, reverse=node in self.cut.points):
+                self._make(node, view)
+        logits = self.made[source.logits, source.one(source.logits)]
+        outputs = [_last(self.graph, logits), *(self.made[n, ALL] for n in self.held)]
         self.graph.output(tuple(outputs))
         self.graph.eliminate_dead_code()
         return _as_module(source.module, self.graph)
 
+    def _make(self, node: fx.Node, view: View) -> None:
+        if (node, view) in self.made:
+            return
+        found = self.cut.needs.get((node, view))
+        if found is None:
+            self.made[node, view] = self._updated(node) if view == ALL else self._rows(node, view)
+        elif kind_of(node) == "scaled_dot_product_attention" and self.source.rank(node) - 2 in view:
+            self.made[node, view] = self._attention(node, found)
+        else:
+            self.made[node, view] = self._copied(node, found)
+
+    def _copied(self, node: fx.Node, found: Need) -> fx.Node:
+        args: list[Any] = [list(a) if isinstance(a, list | tuple) else a for a in node.args]
+        kwargs: dict[str, Any] = {k: list(a) if isinstance(a, list | tuple) else a for k, a in node.kwargs.items()}
+        for path, leaf in leaves(node):
+            if isinstance(leaf, fx.Node):
+                holder: Any = args if isinstance(path[0], int) else kwargs
+                *outer, last = path
+                for key in outer:
+                    holder = holder[key]
+                holder[last] = self._argument(path, leaf, found)
+        new = self.graph.create_node(node.op, node.target, tuple(args), kwargs)
+        new.meta.update({k: v for k, v in node.meta.items() if k != "val"})
+        return new
+
+    def _argument(self, path: Path, leaf: fx.Node, found: Need) -> Any:
+        if self.source.is_size(leaf):
+            return self._number(leaf, 1 if found.sizes.get(path, found.is_one) else self.capacity)
+        return self.made[leaf, self.source.normal(leaf, found.views[path])]
+
     def _call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         return self.graph.call_function(target, args, kwargs)
 
-    def _is_earlier(self) -> Any:
-        """[capacity] bool: positions up to this one."""
+    def _positions(self) -> Any:
         if self.every is None:
             self.every = self._call(aten.arange.default, self.capacity)
-        return self._call(aten.le.Tensor, self.every, self.position)
+        return self.every
 
-    def _at_one(self, node: fx.Node) -> Any:
-        """A value of the data path, at this position."""
-        if node in self.one:
-            return self.one[node]
-        source = self.source
-        if node.target is aten.scaled_dot_product_attention.default and node in source.reads:
-            made = self._attention(node)
-        else:
-            read = source.reads.get(node, [])
-            if node in source.pairs and node.target in VIEWS:
-                return self._view_of_pairs(node)
+    def _rows(self, node: fx.Node, view: View) -> Any:
+        rows = self.made[node, ALL]
+        for dim in sorted(view):
+            rows = self._call(aten.index_select.default, rows, dim, self.position)
+        return rows
 
-            def at_one(n: fx.Node) -> Any:
-                return self._argument(n, node)
+    def _updated(self, node: fx.Node) -> Any:
+        """The cache with the new value in it."""
+        here = self._call(aten.eq.Tensor, self._positions(), self.position)
+        shape = [1] * self.source.rank(node)
+        shape[_dim(self.source, node)] = self.capacity
+        mask = self._call(aten.reshape.default, here, shape)
+        return self._call(aten.where.self, mask, self.made[node, self.source.one(node)], self.held[node])
 
-            new: list[Any] = [fx.map_arg(a, self._at_all if i in read else at_one) for i, a in enumerate(node.args)]
-            kwargs: Any = fx.map_arg(dict(node.kwargs), at_one)
-            made = self.graph.create_node(node.op, node.target, tuple(new), kwargs)
-            made.meta.update({k: v for k, v in node.meta.items() if k != "val"})
-        self.one[node] = made
-        if node in source.points:
-            self._update(node, made)
-        return made
-
-    def _view_of_pairs(self, node: fx.Node) -> Any:
-        """Attention scores in another shape: queries at one position, keys, the last dim, at all."""
-        arguments: Any = node.args
-        scores, (*front, last) = arguments
-        new: Any = fx.map_arg(front, lambda n: self._number(n, 1))
-        keys = fx.map_arg(last, lambda n: self._number(n, self.capacity))
-        self.one[node] = self._call(node.target, self._at_one(scores), [*new, keys])
-        return self.one[node]
-
-    def _argument(self, node: fx.Node, user: fx.Node) -> Any:
-        """What a computation at one position takes of `node`."""
-        source = self.source
-        if node in source.data:
-            return self._at_one(node)
-        if is_size(node):
-            return self._number(node, 1)
-        dims = source.dims(node)
-        if not dims:
-            return self._static_at_one(node)
-        whole = self._at_all(node)
-        if user in source.pairs:
-            rank = user.meta["val"].dim()
-            dims = [d for d, right in zip(dims, source.right(node, rank), strict=True) if right == rank - 2]
-        elif len(dims) > 1:
-            source.refuse(user, "it takes a table of positions by positions")
-        for dim in dims:
-            whole = self._row(node, whole, dim)
-        return whole
-
-    def _static_at_one(self, node: fx.Node) -> Any:
-        """What depends on no position, with its sizes at length 1."""
-        if node not in self.one:
-            self.one[node] = self.graph.node_copy(
-                node,
-                lambda n: (
-                    self._number(n, 1)
-                    if is_size(n)
-                    else self._at_one(n)
-                    if n in self.source.data
-                    else self._static_at_one(n)
-                ),
-            )
-        return self.one[node]
-
-    def _row(self, node: fx.Node, whole: Any, dim: int) -> Any:
-        if (node, dim) not in self.rows:
-            self.rows[node, dim] = self._call(aten.index_select.default, whole, dim, self.position)
-        return self.rows[node, dim]
+    def _attention(self, node: fx.Node, found: Need) -> Any:
+        """One query; where the operator is causal by itself, keys up to this position."""
+        given = arguments_of(node)
+        new = self._copied(node, found)
+        if given["is_causal"] and self.source.dims(given["key"]):
+            earlier = self._call(aten.le.Tensor, self._positions(), self.position)
+            row = self._call(aten.reshape.default, earlier, [1, self.capacity])
+            options = {k: v for k, v in given.items() if k in ("scale", "enable_gqa")}
+            query, key, value = new.args[:3]
+            self.graph.erase_node(new)
+            options |= {"attn_mask": row, "dropout_p": 0.0, "is_causal": False}
+            new = self._call(node.target, query, key, value, **options)
+        return new
 
     def _number(self, node: fx.Node, length: int) -> Any:
         """A size, for this length: a number, or so many times the batch."""
         source, expression = self.source, node.meta["val"].node.expr
         value = expression.subs({source.length: length})
         if not value.free_symbols:
-            return int(value)
+            return bool(value) if value.is_Boolean else int(value) if value.is_integer else float(value)
         count = value.subs({source.batch: 1})
         if source.batch is None or count.free_symbols or value != count * source.batch:
             source.refuse(node, f"a size of {expression}")
         if self.batch is None:
             self.batch = self._call(aten.sym_size.int, self.tokens, 0)
         return self.batch if count == 1 else self._call(operator.mul, self.batch, int(count))
-
-    def _at_all(self, node: fx.Node) -> Any:
-        """A value at all positions of the capacity: a cache, or what depends on positions alone."""
-        source = self.source
-        if node in self.all:
-            return self.all[node]
-        if node in source.points:
-            self._at_one(node)
-            return self.updated[node]
-        if is_size(node):
-            return self._number(node, self.capacity)
-        if node is source.tokens:
-            source.refuse(node, "something depends on all tokens at once")
-        self.all[node] = self.graph.node_copy(node, self._at_all)
-        return self.all[node]
-
-    def _update(self, node: fx.Node, new: Any) -> None:
-        value = node.meta["val"]
-        dim = self.source.points[node]
-        if self.every is None:
-            self.every = self._call(aten.arange.default, self.capacity)
-        here = self._call(aten.eq.Tensor, self.every, self.position)
-        shape = [1] * value.dim()
-        shape[dim] = self.capacity
-        mask = self._call(aten.reshape.default, here, shape)
-        self.updated[node] = self._call(aten.where.self, mask, new, self.held[node])
-
-    def _attention(self, node: fx.Node) -> Any:
-        source, arguments = self.source, bound(node)
-        query = self._at_one(arguments["query"])
-        key, value = self._at_all(arguments["key"]), self._at_all(arguments["value"])
-        mask = arguments["attn_mask"]
-        if mask is None:
-            row = self._call(aten.reshape.default, self._is_earlier(), [1, self.capacity])
-        else:
-            row = self._at_all(mask)
-            rank = mask.meta["val"].dim()
-            if rank - 2 in source.dims(mask):
-                row = self._row(mask, row, rank - 2)
-        options = {"attn_mask": row, "dropout_p": 0.0, "is_causal": False}
-        options |= {k: arguments[k] for k in ("scale", "enable_gqa") if k in arguments}
-        return self._call(aten.scaled_dot_product_attention.default, query, key, value, **options)
 
 
 def _last(graph: fx.Graph, logits: Any) -> fx.Node:

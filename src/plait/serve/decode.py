@@ -11,13 +11,15 @@ import torch
 from torch import nn
 from torch.export import Dim
 
-from plait.capture.trace import call_model, user_line
+from plait.capture.trace import _masks_unread, _no_noise, call_model, user_line
 from plait.errors import ServeError
 from plait.serve.cached import Derived, derive
+from plait.serve.causality import looks_ahead
 from plait.serve.entry import write_sample
+from plait.serve.positions import size_of
 from plait.serve.subject import Entry, Subject, TensorSpec, write_program
 
-__all__ = ["Proof", "add_decoder", "prove"]
+__all__ = ["Proof", "add_decoder", "prove", "with_cache"]
 
 PROVEN_TOKENS = 64
 LOGITS = 1e-4
@@ -60,15 +62,7 @@ def add_decoder(
     Raises:
         ServeError: the model is no decoder of tokens alone, or cannot run position by position; says why.
     """
-    call = _call_of(module, inputs)
-    derived = derive(_program(module, call, capacity, most), capacity)
-    proof = prove(derived, call, capacity)
-    if not proof.max_rel <= LOGITS:
-        raise ServeError(
-            f"decode: position by position the model gives other logits than at once (relative difference {proof.max_rel:.2g}, "
-            f"the limit is {LOGITS:g}): something in it besides attention looks at other positions, or at later ones",
-            hint="generate with the exported forward, which recomputes the prefix",
-        )
+    derived, proof = with_cache(module, inputs, capacity=capacity, most=most)
     entries = dict(subject.entries)
     for name in ("prefill", "decode"):
         entries[name] = _entry(subject.folder, name, derived, capacity, most)
@@ -80,6 +74,39 @@ def add_decoder(
     found = replace(subject, entries=entries)
     found.write()
     return found, proof
+
+
+def with_cache(module: nn.Module, inputs: Any, *, capacity: int, most: int) -> tuple[Derived, Proof]:
+    """Prefill and decode of a module in eval mode, and their proof.
+
+    Raises:
+        ServeError: as `add_decoder`.
+    """
+    call = _call_of(module, inputs)
+    program = _program(module, call, capacity, most)
+    derived = derive(program, capacity)
+    proof = prove(derived, call, capacity)
+    if not proof.max_rel <= LOGITS:
+        raise _unequal(program, call, capacity, proof)
+    return derived, proof
+
+
+def _unequal(program: Any, call: Callable[[torch.Tensor], torch.Tensor], capacity: int, proof: Proof) -> ServeError:
+    """The error for a model whose cache gives other logits than the model itself, with the cause where it can be told."""
+    with torch.no_grad():
+        size = call(torch.zeros(2, 2, dtype=torch.int64)).shape[-1]
+        tokens = torch.randint(size, (2, capacity), generator=torch.Generator().manual_seed(0))
+        ahead = looks_ahead(program, tokens, capacity)
+    why = (
+        f"the model's own results at a position change with the positions after it, first those of {ahead}"
+        if ahead
+        else "something in it besides attention looks at other positions"
+    )
+    return ServeError(
+        f"decode: position by position the model gives other logits than at once (relative difference {proof.max_rel:.2g}, "
+        f"the limit is {LOGITS:g}): {why}",
+        hint="generate with the exported forward, which recomputes the prefix",
+    )
 
 
 def _call_of(module: nn.Module, inputs: Any) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -119,7 +146,10 @@ def _program(module: nn.Module, call: Callable[[torch.Tensor], torch.Tensor], ca
             call(
                 torch.zeros(1, capacity, dtype=torch.int64)
             )  # a table of positions that ends earlier shows itself here
-            return torch.export.export(_Tokens(module, call).eval(), (tokens,), dynamic_shapes=shapes, strict=False)
+            with _no_noise(), _masks_unread():
+                program = torch.export.export(
+                    _Tokens(module, call).eval(), (tokens,), dynamic_shapes=shapes, strict=False
+                )
     except ServeError:
         raise
     except Exception as problem:
@@ -128,6 +158,37 @@ def _program(module: nn.Module, call: Callable[[torch.Tensor], torch.Tensor], ca
             f"decode: the model does not run, or cannot be captured, at {capacity} positions: {text}\n\n  {user_line(problem)}",
             hint="--max-length must be within the model's own positions",
         ) from None
+    _refuse_fixed(program)
+    return program
+
+
+def _refuse_fixed(program: Any) -> None:
+    """A length that the model's Python made a number: a loop over positions, as scans are written."""
+    value = next(n.meta["val"] for n in program.graph.nodes if n.op == "placeholder" and n.name == "tokens")
+    length = size_of(value.shape[1])
+    if not isinstance(length, int):
+        return
+    shapes: Any = getattr(getattr(value, "fake_mode", None), "shape_env", None)
+    places = getattr(shapes, "replacements_slocs", {})
+    lines = [
+        place.maybe_user_loc or _frame(place.framework_loc)
+        for symbol, place in places.items()
+        if shapes.replacements.get(symbol) == length
+    ]
+    where = f"\n\n  {lines[0]}" if lines and lines[0] else ""
+    raise ServeError(
+        f"decode: torch.export fixed the model's length to {length}, so no step at one position can be derived: its Python "
+        f"loops over positions, or reads their number{where}",
+        hint="generate with the exported forward; a scan over positions has a state of its own, which is no key-value cache",
+    )
+
+
+def _frame(frame: Any) -> str:
+    return (
+        f'File "{frame.filename}", line {frame.lineno}, in {frame.name} {frame.line or ""}'
+        if hasattr(frame, "lineno")
+        else ""
+    )
 
 
 def prove(derived: Derived, call: Callable[[torch.Tensor], torch.Tensor], capacity: int, *, seed: int = 0) -> Proof:
@@ -192,7 +253,7 @@ def _entry(folder: Path, name: str, derived: Derived, capacity: int, most: int) 
 
 def _is_open(program: torch.export.ExportedProgram) -> bool:
     node = next(n for n in program.graph.nodes if n.op == "placeholder" and n.name == "tokens")
-    return isinstance(node.meta["val"].shape[0], torch.SymInt)
+    return not isinstance(size_of(node.meta["val"].shape[0]), int)
 
 
 def _dtype(dtype: torch.dtype) -> str:
