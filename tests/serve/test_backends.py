@@ -50,6 +50,9 @@ def test_fp32_is_equal(tmp_path, backend):
     [
         ("torch", "bf16", 0.999),
         ("openvino", "bf16", 0.999),
+        ("onnxruntime", "fp16", 0.999),
+        ("openvino", "fp16", 0.999),
+        ("executorch", "fp16", 0.999),
         ("executorch", "int8", 0.999),
         ("onnxruntime", "int8", 0.999),
         ("onnxruntime", "int8-weight", 0.999),

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from plait.serve.backend import Artefact, Backend, Runner
+from plait.serve.casting import cast, in_precision, open_dims
 from plait.serve.subject import Subject
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ class ExecuTorch(Backend):
     extra = "executorch"
     imports = ("executorch",)
     distributions = ("executorch", "torchao")
-    precisions: ClassVar[tuple[str, ...]] = ("fp32", "int8")
+    precisions: ClassVar[tuple[str, ...]] = ("fp32", "bf16", "fp16", "int8")
 
     def export(self, subject: Subject, folder: Path, precision: str) -> Mapping[str, Any]:
         """One program for each entry point; how much of it XNNPACK runs is said in the note."""
@@ -34,11 +35,12 @@ class ExecuTorch(Backend):
             from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
             from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
 
+        from plait.serve.spelled import SORTING, spelled
+
         shares = []
         for name in subject.entries:
-            program = subject.program(name)
-            if precision == "int8":
-                program = _quantised(program, subject, name)
+            program = spelled(subject.program(name), SORTING)
+            program = _quantised(program, subject, name) if precision == "int8" else cast(program, precision)
             with _quiet():
                 # Its check of operators' types takes the length of a tensor, which closes the batch dimension for good.
                 config = EdgeCompileConfig(_check_ir_validity=False)
@@ -60,11 +62,11 @@ class ExecuTorch(Backend):
         if method is None:
             raise ValueError(f"{path}: it has no method `forward`")
 
-        def run(inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        def run(*inputs: torch.Tensor) -> Sequence[torch.Tensor]:
             # Cloned: the method writes its next outputs into the same memory. The program is kept alive with the method.
             return [value.clone() for value in method.execute(list(inputs))] if program else []
 
-        return run
+        return in_precision(run, artefact.entry, artefact.precision)
 
 
 def _share(edge: Any) -> str:
@@ -86,8 +88,6 @@ def _quantised(program: Any, subject: Subject, name: str) -> Any:
         get_symmetric_quantization_config,
     )
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
-
-    from plait.serve.casting import open_dims
 
     config = get_symmetric_quantization_config(is_per_channel=True, is_dynamic=True)
     # Of linear layers alone: for the whole graph it would also turn the indices of lookups into floats.

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from plait.serve.backend import Artefact, Backend, Runner
+from plait.serve.casting import cast, in_precision
 from plait.serve.subject import Entry, Subject
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ class OnnxRuntime(Backend):
     extra = "onnx"
     imports = ("onnx", "onnxscript", "onnxruntime")
     distributions = ("onnx", "onnxscript", "onnxruntime")
-    precisions: ClassVar[tuple[str, ...]] = ("fp32", "int8", "int8-weight")
+    precisions: ClassVar[tuple[str, ...]] = ("fp32", "fp16", "int8", "int8-weight")
 
     def refusal(self, subject: Subject, precision: str) -> str:
         """Int8 multiplies matrices alone; a model that mostly convolves would only get slower."""
@@ -51,8 +52,8 @@ class OnnxRuntime(Backend):
         opset = 0
         for name in subject.entries:
             path = folder / f"{name}.onnx"
-            if precision == "fp32":
-                opset = write_onnx(subject, name, path)
+            if not precision.startswith("int8"):
+                opset = write_onnx(subject, name, path, cast(subject.program(name), precision))
                 continue
             whole = folder / f"{name}.fp32.onnx"
             opset = write_onnx(subject, name, whole)
@@ -90,15 +91,18 @@ class OnnxRuntime(Backend):
         taken = {value.name for value in session.get_inputs()}
         names = [spec.name for spec in artefact.entry.inputs]
 
-        def run(inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        def run(*inputs: torch.Tensor) -> Sequence[torch.Tensor]:
             feed = {n: t.detach().numpy() for n, t in zip(names, inputs, strict=True) if n in taken}
             return [torch.from_numpy(value) for value in session.run(None, feed)]
 
-        return run
+        return in_precision(run, artefact.entry, artefact.precision)
 
 
-def write_onnx(subject: Subject, name: str, path: Path) -> int:
-    """Write an entry point as ONNX with its inputs and outputs under their own names; gives the opset it came out with."""
+def write_onnx(subject: Subject, name: str, path: Path, program: torch.export.ExportedProgram | None = None) -> int:
+    """Write an entry point as ONNX with its inputs and outputs under their own names; gives the opset it came out with.
+
+    `program`: to be written instead of the entry point's own, with the same inputs and outputs in another type.
+    """
     import onnx
     import torch
 
@@ -106,7 +110,7 @@ def write_onnx(subject: Subject, name: str, path: Path) -> int:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         written = torch.onnx.export(
-            subject.program(name),
+            program or subject.program(name),
             dynamo=True,
             opset_version=OPSET,
             input_names=[spec.name for spec in entry.inputs],

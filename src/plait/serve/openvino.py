@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 __all__ = ["OpenVino"]
 
-_HINTS = {"fp32": "f32", "bf16": "bf16", "int8": "f32", "int8-weight": "f32"}
+_HINTS = {"fp32": "f32", "bf16": "bf16", "fp16": "f32", "int8": "f32", "int8-weight": "f32"}
 _GROUPS = {"int8": 32, "int8-weight": 0}
 """Values of an activation that share a scale where weights are int8; 0: activations stay as they are."""
 
@@ -27,7 +27,7 @@ class OpenVino(Backend):
     extra = "openvino"
     imports = ("openvino",)
     distributions = ("openvino",)
-    precisions: ClassVar[tuple[str, ...]] = ("fp32", "bf16", "int8", "int8-weight")
+    precisions: ClassVar[tuple[str, ...]] = ("fp32", "bf16", "fp16", "int8", "int8-weight")
 
     def knobs(self) -> Mapping[str, Sequence[Any]]:
         """What changes latency, and results by rounding at most; core types and hyper-threads where the processor has them."""
@@ -55,8 +55,8 @@ class OpenVino(Backend):
                 raise ValueError("it has no matrix multiplication with weights, which is what int8 is for here")
             for port, spec in zip(model.inputs, entry.inputs, strict=True):
                 port.get_tensor().set_names({spec.name})
-            openvino.save_model(model, folder / f"{name}.xml", compress_to_fp16=False)
-        return {}
+            openvino.save_model(model, folder / f"{name}.xml", compress_to_fp16=precision == "fp16")
+        return {"note": "weights are kept in fp16 and multiplied in fp32"} if precision == "fp16" else {}
 
     def load(self, artefact: Artefact) -> Runner:
         """A compiled model with one request; without the precision hint this runtime would choose bfloat16 by itself."""
