@@ -244,3 +244,48 @@ def test_a_model_that_nothing_holds_says_so():
         ask(L4, graph=HUGE)
 
     assert "--precision" in caught.value.hint
+
+
+def test_llm_runtimes_do_not_serve_plain_forwards():
+    """JetStream, vLLM and TensorRT-LLM take decoders; a plain forward on a TPU goes through PyTorch."""
+    tpu, _ = choose_runtime(find("TPU-v5e"), decodes=False)
+    gpu, _ = choose_runtime(find("H100-SXM"), decodes=False)
+    state, _ = choose_runtime(find("H100-SXM"), decodes=True, attends=False)
+    across, _ = choose_runtime(find("TPU-v5e"), decodes=True, crosses=True)
+
+    assert tpu is not None
+    assert tpu.runtime == "PyTorch"
+    assert gpu is not None
+    assert gpu.runtime == "tensorrt"
+    assert not {"vllm", "tensorrt-llm"} & set(gpu.others)
+    assert state is not None
+    assert state.runtime == "PyTorch"
+    assert across is not None
+    assert across.runtime != "jetstream"
+
+
+def test_a_smaller_batch_that_costs_the_same_is_taken():
+    """Once the arithmetic is busy, more at once only wait longer: dollars within a hundredth, a shorter batch."""
+    found = ask(ONE, output_tokens=0).answers[0]
+    dollars = found.on_demand.usd
+
+    assert found.estimate.plan.batch < found.estimate.largest_batch
+    assert found.estimate.plan.batch < 1024
+    assert dollars <= 1.01 * min(a.on_demand.usd for a in ask(ONE, output_tokens=0).front)
+
+
+@pytest.mark.parametrize(
+    ("needs", "says"),
+    [
+        ({"throughput": 1e12}, "no offer meets --throughput 1e+12"),
+        ({"precision": "tf32"}, "no runtime is known to serve in tf32"),
+        ({"only": ("hf:tflite",)}, "TensorFlow Lite has been retired"),
+    ],
+)
+def test_what_no_fleet_gives_is_refused(needs, says):
+    """A fleet larger than any that was built, a precision that is none of serving, a product under its new name."""
+    with pytest.raises(RequestError) as caught:
+        ask(**needs)
+
+    assert says in caught.value.message
+    assert caught.value.hint

@@ -11,6 +11,7 @@ from __future__ import annotations
 import datetime
 import math
 import time
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -26,6 +27,8 @@ from plait.advice.security import is_encrypted_between, security_notes
 from plait.advice.serve_reasons import reasons_for
 from plait.advice.serve_shapes import Way, ways
 from plait.advice.serve_work import ServeWork, serve_work_of
+from plait.advice.shapes import LARGEST
+from plait.advice.work import as_samples
 from plait.cost.serving import ServingEstimate, ServingPlan, batches, estimate_serving
 from plait.cost.serving_work import Served, served_work
 from plait.errors import HardwareError, PlanError, RequestError
@@ -43,6 +46,8 @@ LOCAL = 24.0
 """Hours up to which this computer is the answer."""
 USUAL_LATENCY = 0.1
 """Seconds between tokens that hold where none are asked for: ten tokens a second, faster than people read."""
+_AS_GOOD = 1.01
+"""Dollars over the least that count as the same: far below what the estimate knows."""
 LOCAL_LATENCY = 0.2
 """Seconds between tokens (of a batch) up to which it is, where no latency is asked for: about as fast as one reads."""
 
@@ -190,14 +195,21 @@ def advise_serving(
     """
     began = time.perf_counter()
     today = today or datetime.datetime.now(datetime.UTC).date()
+    graph = as_samples(graph)
     served = served_work(graph)
     work = serve_work_of(graph, served, needs)
     if not work.load.output_tokens and served.decodes:
-        served = replace(served, cached=0.0)
+        served = replace(served, cached=0.0, cross_cached=0.0)
     decodes = served.decodes and work.load.output_tokens > 0
     offers = load_offers() if offers is None else offers
     chosen = {
-        name: choose_runtime(part, decodes=decodes, precision=needs.precision)
+        name: choose_runtime(
+            part,
+            decodes=decodes,
+            precision=needs.precision,
+            attends=served.attention_flops > 0,
+            crosses=served.encoder is not None and decodes,
+        )
         for name, part in load_accelerators().items()
     }
     filtered = remaining(offers, needs, lambda name: chosen[name][1] or _unknown(name))
@@ -352,6 +364,7 @@ def _misses(answer: ServeAnswer, needs: Needs) -> tuple[str, ...]:
         and found.first_token * 1e3 > needs.first_token_ms,
         f"--budget {needs.budget or 0:g}": needs.budget is not None and _usd(answer, needs) > needs.budget,
         f"--deadline {needs.deadline or 0:g}": needs.deadline is not None and answer.hours > needs.deadline,
+        f"--throughput {needs.throughput or 0:g}": needs.throughput is not None and answer.count > LARGEST,
     }
     return tuple(name for name, missed in late.items() if missed)
 
@@ -362,11 +375,23 @@ def _key(answer: ServeAnswer, needs: Needs) -> tuple[float, float]:
 
 
 def _best_of_each(answers: Iterable[ServeAnswer], needs: Needs) -> list[ServeAnswer]:
-    """The best batch and degrees of every part, instance size and precision; ranked."""
-    best: dict[tuple[str, float, int], ServeAnswer] = {}
-    for answer in sorted(answers, key=lambda a: _key(a, needs)):
-        best.setdefault((answer.accelerator, answer.count / answer.units, answer.instances // answer.units), answer)
-    return sorted(best.values(), key=lambda a: _key(a, needs))
+    """The best batch and degrees of every part, instance size and precision; ranked.
+
+    Where a smaller batch costs as good as the same (`_AS_GOOD`), it is taken: its replies come sooner.
+    """
+    groups: dict[tuple[str, float, int], list[ServeAnswer]] = defaultdict(list)
+    for answer in answers:
+        groups[answer.accelerator, answer.count / answer.units, answer.instances // answer.units].append(answer)
+    best = []
+    for group in groups.values():
+        if needs.minimize == "usd":
+            limit = _AS_GOOD * min(_usd(a, needs) for a in group)
+            best.append(
+                min((a for a in group if _usd(a, needs) <= limit), key=lambda a: (a.estimate.latency, _usd(a, needs)))
+            )
+        else:
+            best.append(min(group, key=lambda a: _key(a, needs)))
+    return sorted(best, key=lambda a: _key(a, needs))
 
 
 def _front(answers: Sequence[ServeAnswer], needs: Needs) -> tuple[ServeAnswer, ...]:
@@ -398,7 +423,8 @@ def _nearest(
             hints.append(f"without {name}: {_told(nearest, needs)}")
     for name in stated:
         least = min(answers, key=lambda a: _distance(a, name, needs))
-        hints.append(f"nearest to {name}: {_told(least, needs)}")
+        if all(_told(least, needs) not in hint for hint in hints):
+            hints.append(f"nearest to {name}: {_told(least, needs)}")
     alone = [name for name in stated if all(name in _misses(a, needs) for a in answers)]
     if alone:
         return RequestError(f"no offer meets {' and '.join(alone)}", hint="; ".join(hints[:4]))
@@ -412,12 +438,13 @@ def _distance(answer: ServeAnswer, name: str, needs: Needs) -> float:
         "--first-token-ms": found.first_token,
         "--budget": _usd(answer, needs),
         "--deadline": answer.hours,
+        "--throughput": answer.count,
     }[name.partition(" ")[0]]
 
 
 def _told(answer: ServeAnswer, needs: Needs) -> str:
     found = answer.estimate
     return (
-        f"{answer.name}: {found.latency * 1e3:,.1f} ms, first token {found.first_token * 1e3:,.0f} ms, {answer.hours:,.2f} h, "
+        f"{answer.name}: {found.latency * 1e3:,.3g} ms, first token {found.first_token * 1e3:,.3g} ms, {answer.hours:,.3g} h, "
         f"${_usd(answer, needs):,.4g}"
     )

@@ -7,7 +7,6 @@ from typing import Any
 
 from plait.advice.explain import traced
 from plait.advice.serve import ServeAdvice, ServeAnswer
-from plait.cost.serving import parameters_for
 from plait.errors import RequestError
 from plait.hardware.catalogue import load_accelerators
 from plait.units import format_count, gib
@@ -154,7 +153,7 @@ def _of_work(advice: ServeAdvice, word: str) -> dict[str, Any]:
         return traced(
             word, value, "kg", "energy x grid factor", [("energy_kwh", first.energy_kwh, "--explain energy"), grid]
         )
-    formula = "maximum power x accelerators x hours; hosts and cooling add 30 to 60 %"
+    formula = "power_w x accelerators x hours / 1000, at maximum power; hosts and cooling add 30 to 60 %"
     inputs = [("accelerators", first.count, "the fleet"), ("hours", first.hours, "--explain hours")]
     part = load_accelerators().get(first.accelerator)
     if part is not None:
@@ -183,10 +182,14 @@ def _of_speed(advice: ServeAdvice, word: str) -> dict[str, Any]:
             ("output_tokens", load.output_tokens, work.load_why),
         ])  # fmt: skip
     if word == "first_token" and load.output_tokens:
-        return traced(word, found.first_token * 1e3, "ms", "one prefill of one prompt", [
-            ("input_tokens", load.input_tokens, work.load_why), ("flop_per_token", advice.served.flops, _COUNTED),
-            *_parameters(advice),
-        ])  # fmt: skip
+        pass_ = (
+            "the encoder's pass over one prompt and a decoder's"
+            if advice.served.encoder
+            else "one prefill of one prompt"
+        )
+        length = f"{_MODEL}; {load.input_tokens:,} tokens: {work.load_why}"
+        return traced(word, found.first_token * 1e3, "ms", f"sum of the parts of {pass_}", [
+            (name, value * 1e3, length) for name, value in found.first_parts.items()])  # fmt: skip
     inputs = [(name, value * 1e3, _MODEL) for name, value in found.parts.items()]
     return traced(word, found.decode * 1e3, "ms", "sum of the parts of one pass", inputs)
 
@@ -199,10 +202,16 @@ def _of_memory(advice: ServeAdvice, word: str) -> dict[str, Any]:
         inputs = [(name, gib(value), _MODEL) for name, value in found.memory.to_dict().items()]
         return traced(word, gib(found.memory.total), "GiB", "sum of the parts on one device", inputs)
     if word == "cache":
-        return traced(word, gib(found.memory.cache), "GiB", "batch x length x cached_elements x bytes / min(tp, cache_heads) / pp", [
-            ("batch", plan.batch, "chosen"), ("length", load.length, advice.work.load_why),
-            ("cached_elements", advice.served.cached, _COUNTED), ("bytes", plan.cache_bytes, "precision of the cache"),
-            ("tp", plan.tp, "the plan"), ("cache_heads", advice.served.cache_heads, _COUNTED), ("pp", plan.pp, "the plan"),
+        served = advice.served
+        length, formula = [("length", load.length, advice.work.load_why)], "length x cached_elements"
+        if served.encoder is not None:
+            formula = "(output_tokens x cached_elements + input_tokens x cross_cached_elements)"
+            length = [(n, getattr(load, n), advice.work.load_why) for n in ("output_tokens", "input_tokens")]
+            length.append(("cross_cached_elements", served.cross_cached, _COUNTED))
+        return traced(word, gib(found.memory.cache), "GiB", f"batch x {formula} x bytes / min(tp, cache_heads) / pp / 2^30", [
+            ("batch", plan.batch, "chosen"), *length, ("cached_elements", served.cached, _COUNTED),
+            ("bytes", plan.cache_bytes, "precision of the cache"),
+            ("tp", plan.tp, "the plan"), ("cache_heads", served.cache_heads, _COUNTED), ("pp", plan.pp, "the plan"),
         ])  # fmt: skip
     part = load_accelerators().get(first.accelerator)
     if part is None:
@@ -226,13 +235,3 @@ def _of_money(advice: ServeAdvice, word: str) -> dict[str, Any]:
         return traced(word, price.usd_per_hour, "USD/h", "price of an instance x instances", [hourly])
     hours = ("hours", price.hours, "--explain hours" + ("; interruptions included" if word == "usd_spot" else ""))
     return traced(word, price.usd, "USD", "hours x usd_per_hour", [*_hours(advice), hours, hourly])
-
-
-def _parameters(advice: ServeAdvice) -> list[tuple[str, Any, str]]:
-    """The rates' parameters and where they come from."""
-    part = load_accelerators().get(advice.answers[0].accelerator)
-    if part is None:
-        return []
-    p = parameters_for(part.device)
-    source = "cost/data/serving.json: fitted to served_figures.csv, or general knowledge (provenance there)"
-    return [(name, p[name], source) for name in ("matmul", "matmul_low", "memory", "attention", "kernel")]

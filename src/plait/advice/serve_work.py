@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from plait.advice.needs import Needs
 from plait.cost.serving import Load
 from plait.cost.serving_work import Served
+from plait.errors import RequestError
 from plait.schema.graph import Graph, ParameterSpec
 from plait.schema.records import Record
 
@@ -34,7 +35,11 @@ class ServeWork(Record):
 
 
 def serve_work_of(graph: Graph, served: Served, needs: Needs) -> ServeWork:
-    """The load of `needs`, with defaults where it says nothing."""
+    """The load of `needs`, with defaults where it says nothing.
+
+    Raises:
+        RequestError: a request is longer than the model's table of positions.
+    """
     amount, why = needs.tokens or _AMOUNT, "as given by --tokens" if needs.tokens else "default: a million"
     notes: list[str] = []
     if not served.decodes or needs.output_tokens == 0:
@@ -49,13 +54,34 @@ def serve_work_of(graph: Graph, served: Served, needs: Needs) -> ServeWork:
     given = needs.input_tokens is not None or needs.output_tokens is not None
     prompt, reply = needs.input_tokens or _INPUT, needs.output_tokens or _OUTPUT
     reason = "as given" if given else f"default: prompts of {prompt:,} and replies of {reply:,} tokens"
+    encoder = served.encoder
+    if encoder is not None and served.is_fixed:
+        if needs.input_tokens not in (None, encoder.length):
+            raise RequestError(
+                f"--input-tokens {needs.input_tokens}: the encoder's input is no text, it has {encoder.length:,} positions",
+                hint="leave --input-tokens out; another length is another shape of the job's own sample",
+            )
+        prompt = encoder.length
+        reason = f"{prompt:,} positions of the encoder, as the job's sample has; replies of {reply:,} tokens"
     most = _positions(graph)
-    if most is not None and prompt + reply > most:
+    if most is not None and (max(prompt, reply) if encoder else prompt + reply) > most:
         if given:
-            notes.append(f"the model's table of positions ends at {most}: {prompt + reply} are more than it can take")
-        else:
+            raise RequestError(
+                f"prompts of {prompt:,} and replies of {reply:,} tokens are more than the model's {most:,} positions",
+                hint=f"--input-tokens and --output-tokens may add up to {most}; a model with a longer table takes more",
+            )
+        if encoder is None:
             prompt, reply = max(1, most * 3 // 4), max(1, most // 4)
             reason = f"default: three quarters and a quarter of the model's {most} positions"
+        else:
+            prompt, reply = prompt if served.is_fixed else min(prompt, most), min(reply, most)
+            reason = f"default: prompts of {prompt:,} and replies of {reply:,} tokens, as its tables of positions allow"
+    if encoder is not None:
+        notes.append("an encoder-decoder: the encoder runs once over a prompt, then tokens are made one by one")
+        return ServeWork(load=Load(input_tokens=prompt, output_tokens=reply), load_why=reason, unit="output tokens", each="token",
+                         amount=amount, amount_why=why, notes=tuple(notes))  # fmt: skip
+    if served.attention_flops == 0:
+        notes.append("without attention it keeps a state of fixed size, which is not counted in its memory")
     notes.append(
         "taken to make tokens one by one, since it scores its own vocabulary; --output-tokens 0 for a plain forward"
     )

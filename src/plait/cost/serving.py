@@ -8,7 +8,8 @@
     throughput batch x output / (output x decode + batch x prefill)
 
 A pipeline of `pp` stages keeps `pp` parts of the batch under way: each token passes all stages, at the part's size.
-Experts: a pass reads those that its tokens meet. Weights are split evenly over stages.
+Experts: a pass reads those that its tokens meet. Weights are split evenly over stages. An encoder runs once over a prompt,
+every position attending to all; the decoder's passes read the keys and values made of it.
 
 Source: Pope et al. (2022), arXiv 2211.05102 (what bounds prefill and decode); Williams et al. (2009), roofline.
 Known error: `plait.cost.served_figures` compares with published figures; docs/advise.md has the table.
@@ -16,6 +17,7 @@ Known error: `plait.cost.served_figures` compares with published figures; docs/a
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 from collections.abc import Mapping
@@ -132,6 +134,8 @@ class ServingEstimate(Record):
     """Seconds of one decode pass of the whole batch."""
     parts: dict[str, float]
     """Seconds of that pass (of a plain forward): weights, compute, cache, plain, launch, communication, step."""
+    first_parts: dict[str, float]
+    """Seconds of the first token, in the same parts."""
     memory: ServingMemory
     memory_limit: float | None
     largest_batch: int
@@ -231,11 +235,11 @@ class _Replica:
         each = send(nbytes, self.cluster, stride=self.plan.tp, count=self.plan.pp)
         return (self.plan.pp - 1) * each
 
-    def run(self, tokens: float, scored: float, pairs: float, cached: float) -> dict[str, float]:
+    def run(self, tokens: float, scored: float, attended: float, cached: float) -> dict[str, float]:
         """Seconds of one pass through all stages, by part.
 
-        `tokens` (samples) pass, `scored` of them reach the output projection, `pairs` of token and position are attended,
-        `cached` positions are read from memory.
+        `tokens` (samples) pass, `scored` of them reach the output projection, attention takes `attended` FLOP, `cached`
+        elements of keys and values are read from memory.
         """
         w, plan, at = self.work, self.plan, self.at
         t = plan.tp
@@ -247,8 +251,8 @@ class _Replica:
             seconds, memory = self.matmul(tokens * w.experts.flops / t, nbytes, at.matmul)
             weights, total = weights + memory, total + seconds
         cache_share = max(1 / t, 1 / w.cache_heads) if w.cached else 1 / t
-        cache = max(cached * w.cached * plan.cache_bytes * cache_share / at.cache, 0.0)
-        attention = pairs * w.attention_flops / t / (at.wide * self.p["attention"])
+        cache = max(cached * plan.cache_bytes * cache_share / at.cache, 0.0)
+        attention = attended / t / (at.wide * self.p["attention"])
         moved = tokens * (w.plain * self.p["fusion"] + w.looked_up) * plan.wide / t
         return {
             "weights": min(weights, total),
@@ -260,32 +264,51 @@ class _Replica:
             "step": self.p["step"],
         }
 
-    def decode(self, batch: float, context: float) -> dict[str, float]:
-        """Seconds by part until each of `batch` sequences with `context` cached positions has one more token."""
+    def decode(self, batch: float, load: Load) -> dict[str, float]:
+        """Seconds by part until each of `batch` sequences, half of its reply made, has one more token."""
+        w = self.work
         rows = batch / self.plan.pp
-        return self.run(rows, rows, rows * context, rows * context)
+        # A decoder keeps its prompt in its own cache, an encoder-decoder in that of the attention to its encoder.
+        own = load.output_tokens / 2 + (0 if w.encoder else load.input_tokens)
+        attended = rows * (own * w.attention_flops + load.input_tokens * w.cross_flops)
+        return self.run(rows, rows, attended, rows * (own * w.cached + load.input_tokens * w.cross_cached))
 
-    def prefill(self, prompts: float, length: float) -> float:
-        """Seconds until `prompts` of `length` tokens are in the cache, in chunks; on every stage at once."""
+    def prefill(self, prompts: float, length: float) -> dict[str, float]:
+        """Seconds by part until `prompts` of `length` tokens are in the cache, in chunks; on every stage at once."""
         tokens = prompts * length
-        if tokens <= 0:
-            return 0.0
-        chunk = max(CHUNK, 1.0)
-        passes = max(1.0, tokens / chunk)
+        if self.work.encoder is not None:
+            return self.encode(prompts, length)
+        passes = max(1.0, tokens / CHUNK)
         size = tokens / passes
-        one = self.run(size, size / length, size * length / 2, 0.0)
-        return passes * sum(one.values())
+        one = self.run(size, size / length, size * length / 2 * self.work.attention_flops, 0.0)
+        return {name: passes * seconds for name, seconds in one.items()}
+
+    def encode(self, prompts: float, length: float) -> dict[str, float]:
+        """Seconds by part of the encoder over `prompts` of `length` positions, of which each attends to all."""
+        assert self.work.encoder is not None
+        inner = copy.copy(self)
+        inner.work = self.work.encoder
+        tokens = prompts * length
+        passes = max(1.0, tokens / CHUNK)
+        one = inner.run(tokens / passes, 0.0, tokens / passes * length * inner.work.attention_flops, 0.0)
+        return {name: passes * seconds for name, seconds in one.items()}
 
     def memory(self, batch: float, load: Load) -> ServingMemory:
         """Bytes on one device of `batch` sequences."""
         w, plan = self.work, self.plan
         devices = plan.tp * plan.pp
         experts = w.experts.weights if w.experts else 0.0
-        weights = ((w.matmul_weights + experts) * self.low + (w.head_weights + w.other_weights) * plan.wide) / devices
+        inner = w.encoder.matmul_weights if w.encoder else 0.0
+        weights = (w.matmul_weights + inner + experts) * self.low + (w.head_weights + w.other_weights) * plan.wide
         share = max(1 / plan.tp, 1 / w.cache_heads) / plan.pp
-        cache = batch * load.length * w.cached * plan.cache_bytes * share
+        kept = load.length * w.cached
+        if w.encoder is not None:
+            kept = load.output_tokens * w.cached + load.input_tokens * w.cross_cached
+        cache = batch * kept * plan.cache_bytes * share
         tokens = min(CHUNK, max(1, load.input_tokens) * batch) if w.decodes and load.output_tokens else batch
-        activations = (tokens * (w.widest / plan.tp + 2 * w.collective) + batch * w.outputs / plan.tp * 2) * plan.wide
+        widest = max(w.widest, w.encoder.widest) if w.encoder else w.widest
+        activations = (tokens * (widest / plan.tp + 2 * w.collective) + batch * w.outputs / plan.tp * 2) * plan.wide
+        weights /= devices
         return ServingMemory(weights=weights, cache=cache, activations=activations)
 
 
@@ -329,20 +352,23 @@ def estimate_serving(
     limit = room(replica.device)
     count = batch or plan.batch
     if work.decodes and load.output_tokens:
-        parts = replica.decode(count, load.input_tokens + load.output_tokens / 2)
+        parts = replica.decode(count, load)
         decode = sum(parts.values())
         # Chunks of prompts fill the stages of a pipeline side by side.
         beside = min(plan.pp, max(1.0, count * load.input_tokens / CHUNK))
-        prefill = replica.prefill(count, load.input_tokens) / beside
+        prefill = sum(replica.prefill(count, load.input_tokens).values()) / beside
         cycle = load.output_tokens * decode + prefill
         throughput = count * load.output_tokens / cycle
-        latency, first = cycle / load.output_tokens, replica.prefill(1, load.input_tokens)
-        flops = (work.flops + work.head_flops + (work.experts.flops if work.experts else 0.0)) * throughput
-        flops *= 1 + load.input_tokens / load.output_tokens
+        latency, first_parts = cycle / load.output_tokens, replica.prefill(1, load.input_tokens)
+        each = work.flops + work.head_flops + (work.experts.flops if work.experts else 0.0)
+        flops = (
+            each + load.input_tokens / load.output_tokens * (work.encoder.flops if work.encoder else each)
+        ) * throughput
+        if work.encoder is not None:  # the prompt's pass makes no token yet
+            first_parts["decode"] = sum(replica.decode(1, load).values())
     else:
-        parts = _forward(replica, count, load)
-        decode = sum(parts.values())
-        latency = first = decode
+        parts = first_parts = _forward(replica, count, load)
+        latency = decode = sum(parts.values())
         throughput = count / (decode / plan.pp if plan.pp > 1 else decode)
         flops = _sample_flops(work, load) * throughput
     peak = replica.device.peak(plan.precision) * plan.tp * plan.pp
@@ -351,9 +377,10 @@ def estimate_serving(
         load=load,
         throughput=throughput * plan.replicas,
         latency=latency,
-        first_token=first,
+        first_token=sum(first_parts.values()),
         decode=decode,
         parts=parts,
+        first_parts=first_parts,
         memory=replica.memory(count, load),
         memory_limit=limit,
         largest_batch=_largest_batch(replica, load, limit),
@@ -363,13 +390,22 @@ def estimate_serving(
 
 def _forward(replica: _Replica, samples: int, load: Load) -> dict[str, float]:
     """Parts of a plain forward of `samples`; a model that could decode is run on its captured (or the stated) length."""
-    if not replica.work.decodes:
-        return replica.run(samples, samples, samples, 0.0)
-    length = load.input_tokens or replica.work.length
-    return replica.run(samples * length, samples * length, samples * length * length / 2, 0.0)
+    w = replica.work
+    if not w.decodes:
+        return replica.run(samples, samples, samples * w.attention_flops, 0.0)
+    length = load.input_tokens or w.length
+    if w.encoder is None:
+        return replica.run(samples * length, samples * length, samples * length * length / 2 * w.attention_flops, 0.0)
+    inside = load.input_tokens or w.encoder.length
+    attended = w.length * w.length / 2 * w.attention_flops + w.length * inside * w.cross_flops
+    parts = replica.run(samples * w.length, samples * w.length, samples * attended, 0.0)
+    return {**parts, "encoder": sum(replica.encode(samples, inside).values())}
 
 
 def _sample_flops(work: Served, load: Load) -> float:
+    if work.encoder is not None:
+        inside, length = load.input_tokens or work.encoder.length, work.length
+        return inside * work.encoder.flops + length * (work.flops + work.head_flops + inside * work.cross_flops)
     length = (load.input_tokens or work.length) if work.decodes else 1
     pairs = length * length if work.decodes else 1
     each = work.flops + work.head_flops + (work.experts.flops if work.experts else 0.0)

@@ -6,7 +6,8 @@ token, FLOP of one pair of token and cached position, and the bytes that a cache
 **What is cached.** For every attention the keys and values are followed back to the matmuls that made them. On the way a
 tensor carries at most its own elements, so a slice of a fused projection counts for the slice, keys repeated for groups
 of queries count once, and rotary embeddings change nothing. Where the projection itself comes from a much narrower one
-(latent attention), that one is cached. No name is looked at.
+(latent attention), that one is cached. No name is looked at. Of an encoder-decoder, the encoder and the keys and values of
+attention to it are counted apart (`serving_encoder.py`): they are made once for a prompt.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
+from plait.cost.serving_encoder import Encoder, encoder_of
 from plait.cost.work import Split, parameter_specs, segment_work
 from plait.schema.graph import Graph, Operator, ParameterSpec, TensorSpec
 
@@ -82,12 +84,21 @@ class Served:
     """Elements that the largest operator reads and writes, one token (sample)."""
     outputs: float
     """Elements of the scores of one position."""
+    encoder: Served | None = None
+    """What runs once over a prompt, one position each; `matmul_weights` above are then the decoder's alone."""
+    cross_flops: float = 0.0
+    """Of attention to the encoder: one token and one of its positions."""
+    cross_cached: float = 0.0
+    """Elements that one position of the encoder keeps in the cache, all layers of the decoder."""
+    is_fixed: bool = False
+    """An encoder whose input is no text: its length is that of the captured sample."""
 
     @property
     def parameters(self) -> float:
         """Elements held in all."""
         experts: float = self.experts.weights if self.experts else 0.0
-        return self.matmul_weights + self.head_weights + self.other_weights + experts
+        encoder = self.encoder.parameters if self.encoder else 0.0
+        return self.matmul_weights + self.head_weights + self.other_weights + experts + encoder
 
 
 @dataclass(slots=True)
@@ -165,15 +176,24 @@ class _Sums:
     kernels: int = 0
     collectives: int = 0
     collective: float = 0.0
+    cross: float = 0.0
+    cross_cached: float = 0.0
 
 
 def served_work(graph: Graph) -> Served:
     """The sums for serving `graph`; loss, dropout and what only the loss needs are left out."""
     specs = parameter_specs(graph)
     head = _head(graph, specs)
-    decodes = _decodes(graph, head, specs)
+    encoder = (
+        encoder_of(graph, specs, head.outputs[0].shape[-1]) if head and head.outputs and head.outputs[0].shape else None
+    )
+    decodes = _decodes(graph, head, specs, crosses=encoder is not None)
+    if head is None or not decodes:
+        encoder = None
     positions = graph.batch * (graph.tokens_per_sample if decodes else 1)
-    sums = _count(graph, specs, head, decodes=decodes, positions=positions)
+    if encoder is not None and head is not None:
+        positions = head.outputs[0].numel // head.outputs[0].shape[-1]
+    sums, inner = _count(graph, specs, head, encoder, decodes=decodes, positions=positions)
     _collectives(sums, graph, specs, positions)
     head_weights = float(_numel(head.parameters, specs)) if head else 0.0
     experts = None
@@ -181,12 +201,14 @@ def served_work(graph: Graph) -> Served:
         experts = Experts(
             weights=sums.experts, count=max(1, sums.expert_count), active=sums.expert_active, flops=sums.expert_flops
         )
+    inside = None if encoder is None else _encoder(inner, sums, encoder)
+    held = inside.parameters if inside else 0.0
     return Served(
         decodes=decodes,
         length=graph.tokens_per_sample,
         matmul_weights=sums.matmul,
         head_weights=head_weights,
-        other_weights=max(0.0, graph.numel - sums.matmul - sums.experts - head_weights),
+        other_weights=max(0.0, graph.numel - sums.matmul - sums.experts - head_weights - held),
         experts=experts,
         flops=sums.flops,
         head_flops=head.flops / positions if head else 0.0,
@@ -200,7 +222,24 @@ def served_work(graph: Graph) -> Served:
         collective=sums.collective,
         widest=sums.widest,
         outputs=float(head.outputs[0].shape[-1]) if head and head.outputs[0].shape else 0.0,
+        encoder=inside,
+        cross_flops=sums.cross,
+        cross_cached=sums.cross_cached,
+        is_fixed=encoder is not None and not encoder.takes_tokens,
     )
+
+
+def _encoder(inner: _Sums, decoder: _Sums, found: Encoder) -> Served:
+    """The encoder's sums, a position each; collectives are shared out by the matmuls of each side."""
+    share = inner.kernels / max(1, inner.kernels + decoder.kernels)
+    collectives = round(decoder.collectives * share)
+    decoder.collectives -= collectives
+    return Served(
+        decodes=False, length=found.length, matmul_weights=inner.matmul + inner.experts, head_weights=0.0, other_weights=0.0,
+        experts=None, flops=inner.flops + inner.expert_flops, head_flops=0.0, attention_flops=inner.attention, cached=0.0,
+        cache_heads=1, plain=inner.plain, looked_up=inner.looked_up, kernels=inner.kernels, collectives=collectives,
+        collective=decoder.collective, widest=inner.widest, outputs=0.0,
+    )  # fmt: skip
 
 
 def _numel(names: Iterable[str], specs: Mapping[str, ParameterSpec]) -> int:
@@ -217,15 +256,17 @@ def _head(graph: Graph, specs: Mapping[str, ParameterSpec]) -> Operator | None:
     return None
 
 
-def _decodes(graph: Graph, head: Operator | None, specs: Mapping[str, ParameterSpec]) -> bool:
+def _decodes(graph: Graph, head: Operator | None, specs: Mapping[str, ParameterSpec], *, crosses: bool) -> bool:
     """Token ids in, scores over the same vocabulary out at every position, and no mask from outside in an attention.
 
     A mask that is an input of the model says which positions are padding: models that see both ways take one. Models that
     are masked by something the graph does not show (a flag of the fused kernel) cannot be told apart: they are taken to
-    decode.
+    decode. A decoder that `crosses` to an encoder always does.
     """
     if head is None or graph.tokens_per_sample <= 1 or not head.outputs:
         return False
+    if crosses:
+        return head.outputs[0].numel > head.outputs[0].shape[-1] * graph.batch
     operators = [op for s in graph.segments for op in s.operators]
     rows = {specs[n].shape[0] for op in operators if op.kind == "embedding" for n in op.parameters if n in specs}
     out = head.outputs[0]
@@ -254,18 +295,20 @@ def _collectives(sums: _Sums, graph: Graph, specs: dict[str, ParameterSpec], pos
         sums.collective = min([*widths, *([sums.collective] if sums.collective else [])], default=0.0)
 
 
-def _count(
-    graph: Graph, specs: Mapping[str, ParameterSpec], head: Operator | None, *, decodes: bool, positions: int
-) -> _Sums:
-    """Sums over all operators up to the output projection."""
-    sums, carried, counted = _Sums(), _Carried(), set[str]()
-    tokens = graph.batch * max(1, graph.tokens_per_sample)
-    pairs = tokens * graph.tokens_per_sample if decodes else graph.batch
-    for segment, op in ((s, op) for s in graph.segments for op in s.operators):
+def _count(graph: Graph, specs: Mapping[str, ParameterSpec], head: Operator | None, encoder: Encoder | None, *,
+           decodes: bool, positions: int) -> tuple[_Sums, _Sums]:  # fmt: skip
+    """Sums over all operators up to the output projection: of the decoder (of everything), and of the encoder."""
+    outer, inner, carried, counted = _Sums(), _Sums(), _Carried(), set[str]()
+    inside = encoder.operators if encoder else frozenset[int]()
+    crosses = encoder.crosses if encoder else frozenset[int]()
+    own = graph.batch * (encoder.length if encoder else 1)
+    for place, (segment, op) in enumerate((s, op) for s in graph.segments for op in s.operators):
         if op is head:
             break
         if op.kind == "loss":
             continue
+        sums, count = (inner, own) if place in inside else (outer, positions)
+        pairs = count * count // graph.batch if decodes else graph.batch
         names = carried.parameters(op)
         if segment.equals != segment.index and not set(op.parameters) <= set(segment.parameters):
             counted.difference_update(op.parameters)  # a record that several segments share: the weights are others
@@ -280,24 +323,29 @@ def _count(
             fresh = float(_numel((n for n in names if n not in counted), specs))
             counted.update(names)
             sums.kernels += 1
-            sums.widest = max(sums.widest, moved / positions)
+            sums.widest = max(sums.widest, moved / count)
             if "grouped_mm" in op.target:
-                _add_experts(sums, op, names, specs, fresh, tokens=tokens, positions=positions)
+                _add_experts(sums, op, names, specs, fresh, tokens=count if decodes else graph.batch * graph.tokens_per_sample,
+                             positions=count)  # fmt: skip
             else:
                 sums.matmul += fresh
-                sums.flops += op.flops / positions
+                sums.flops += op.flops / count
         elif op.kind in ("attention", "matmul"):
             if op.flops > 0:
-                sums.attention += op.flops / pairs
                 sums.kernels += 1
-                if decodes:
-                    _add_cached(sums, op, carried, tokens)
+                if place in crosses:
+                    sums.cross += op.flops / (positions * own / graph.batch)
+                    sums.cross_cached += _cached_of(op, carried) / own
+                else:
+                    sums.attention += op.flops / pairs
+                    if decodes and place not in inside:
+                        _add_cached(sums, op, carried, count)
         elif op.kind == "embedding":
-            sums.looked_up += sum(x.numel for x in op.outputs) / positions
+            sums.looked_up += sum(x.numel for x in op.outputs) / count
         elif any(x.dtype in _FLOATS for x in op.outputs):
-            sums.plain += moved / positions
-            sums.widest = max(sums.widest, moved / positions)
-    return sums
+            sums.plain += moved / count
+            sums.widest = max(sums.widest, moved / count)
+    return outer, inner
 
 
 def _add_experts(sums: _Sums, op: Operator, names: tuple[str, ...], specs: Mapping[str, ParameterSpec], fresh: float, *,
@@ -313,14 +361,22 @@ def _add_experts(sums: _Sums, op: Operator, names: tuple[str, ...], specs: Mappi
 
 def _add_cached(sums: _Sums, op: Operator, carried: _Carried, tokens: int) -> None:
     """Adds the keys and values of an attention, or the second operand of one half of an unfused one."""
-    fused = op.kind == "attention" and len(op.inputs) >= 3
-    kept = carried.cached(*(op.inputs[1:3] if fused else op.inputs[-1:])) / tokens
+    kept = _cached_of(op, carried) / tokens
     if kept <= 0:
         return
     sums.cached += kept
-    width = op.gemm[3] if fused and op.gemm else 0
+    width = op.gemm[3] if _is_fused(op) and op.gemm else 0
     if width:
         sums.heads = min(sums.heads, max(1, int(kept / 2 / width + 1e-9)))
+
+
+def _is_fused(op: Operator) -> bool:
+    return op.kind == "attention" and len(op.inputs) >= 3
+
+
+def _cached_of(op: Operator, carried: _Carried) -> float:
+    """Elements of the keys and values of an attention, or of the second operand of one half of an unfused one."""
+    return carried.cached(*(op.inputs[1:3] if _is_fused(op) else op.inputs[-1:]))
 
 
 def _is_weight(x: TensorSpec, names: tuple[str, ...], specs: Mapping[str, ParameterSpec]) -> bool:
