@@ -13,10 +13,11 @@ from plait.advice.explain import FIGURES, explain
 from plait.advice.interruptions import expected_hours
 from plait.advice.needs import Needs, amount
 from plait.advice.words import paragraph, warnings
+from plait.advice.work import as_samples, work_of
 from plait.cost.architecture import Architecture, build_graph
 from plait.errors import RequestError
 from plait.hardware.offers import Offer
-from plait.schema import Cluster, Device, Group
+from plait.schema import Cluster, Device, Graph, Group, Operator, ParameterSpec, Segment, TensorSpec
 from plait.units import gib
 
 SMALL = build_graph(
@@ -153,6 +154,12 @@ def test_this_computer_is_the_answer_to_a_small_model():
         ({"require": ("confidental",)}, "'confidental' is not a need"),
         ({"only": ("nnvm",)}, "NNVM has been retired"),
         ({"tokens": -1.0}, "--tokens -1 must be above 0"),
+        ({"tokens": 1e300}, "no offer finishes"),
+        ({"precision": "int8"}, "--precision int8 and --task train clash"),
+        ({"precision": "bf15"}, "--precision 'bf15' is not one of"),
+        ({"precision": "fp8", "only": ("A100-SXM-80GB",)}, "no source states its fp8 rate"),
+        ({"require": ("region=",)}, "names no region"),
+        ({"grid_kg_per_kwh": -1.0}, "--grid -1 must be 0 or above"),
     ],
 )
 def test_what_cannot_be_met_says_why_and_what_is_nearest(needs, says):
@@ -193,6 +200,65 @@ def test_what_takes_longer_than_the_usual_horizon_is_still_answered():
 
     assert found.answers[0].hours > 90 * 24
     assert any("90 days" in note for note in found.notes)
+
+
+def test_what_takes_years_longer_than_the_fastest_is_no_answer():
+    """Where nothing is done within the horizon, cheaper parts that take far longer than the fastest are left out."""
+    sellers = [offer("NVIDIA L4", usd, cloud="vast", name=f"{n}x", count=n) for n, usd in ((1, 0.01), (8, 20.0))]
+    found = ask(*sellers, tokens=3e12)
+
+    assert {a.count for a in found.answers} == {8}
+
+
+def test_the_first_answer_can_be_launched():
+    """A Volta states no bf16, and plait's runtime trains in bf16 and fp32: fp16 is planned on request only."""
+    volta = offer("NVIDIA V100 SXM2 16GB", 2.0, cloud="vast", name="8x", count=8)
+    plain, other = ask(volta).answers[0], ask(volta, any_plan=True).answers[0]
+    asked = ask(volta, precision="fp16").answers[0]
+
+    assert plain.estimate.plan.precision == "fp32"
+    assert not plain.not_executable
+    assert other.estimate.plan.precision == asked.estimate.plan.precision == "fp16"
+    assert any("fp16" in why for why in other.not_executable)
+    assert other.hours < plain.hours
+
+
+def test_precisions_that_are_asked_for():
+    """tf32 is fp32 at the tensor cores' rate; fp8 is faster than bf16, which is faster than tf32 and fp32."""
+    hours = {p: ask(offer(), precision=p).answers[0].hours for p in ("fp32", "tf32", "bf16", "fp8")}
+    tf32 = ask(offer(), precision="tf32").answers[0]
+
+    assert hours["fp8"] < hours["bf16"] < hours["tf32"] < hours["fp32"]
+    assert tf32.estimate.plan.precision == "fp32"
+    assert tf32.compatibility is not None
+    assert tf32.compatibility.precision == "tf32"
+
+
+def test_columns_of_categories_are_no_sequence():
+    """A recommender's integer input has a table for each column: its work is samples, one pass over many clicks."""
+    ids = TensorSpec(name="ids", shape=(64, 8), dtype="int64")
+    columns = [TensorSpec(name=f"c{i}", shape=(64,), dtype="int64") for i in range(8)]
+    looked = [TensorSpec(name=f"e{i}", shape=(64, 16), dtype="float32") for i in range(8)]
+    operators = tuple(
+        Operator(name=f"op{i}", target="aten.embedding.default", kind="embedding", module="", inputs=(c,), outputs=(e,),
+                 parameters=(f"t{i}",))
+        for i, (c, e) in enumerate(zip(columns, looked, strict=True))
+    )  # fmt: skip
+    tables = tuple(ParameterSpec(name=f"t{i}", shape=(100_000, 16), dtype="float32") for i in range(8))
+    segment = Segment(index=0, name="", operators=operators, parameters=tuple(t.name for t in tables), live_in=(), live_out=(),
+                      equals=0)  # fmt: skip
+    graph = Graph(
+        name="clicks", batch=64, tokens_per_sample=8, inputs=(ids,), parameters=tables, buffers=(), segments=(segment,)
+    )
+
+    found = as_samples(graph)
+    work = work_of(found, Needs(), 64)
+
+    assert found.tokens_per_sample == 1
+    assert as_samples(SMALL) is SMALL
+    assert work.unit == "samples"
+    assert work.tokens == 4_195_197_692
+    assert work.batch == 16_384
 
 
 def test_unknown_is_never_yes():

@@ -18,7 +18,7 @@ from typing import Any
 
 from plait.advice.answer import Answer, local_answer
 from plait.advice.bound import Counted, Precision, count_work, least_devices, seconds_per_sample
-from plait.advice.compatibility import training_precision
+from plait.advice.compatibility import at_tf32, training_precision
 from plait.advice.filters import Exclusion, cannot_train, parts_unpriced, remaining
 from plait.advice.hunt import Candidate, Hunt, few_plans, varied
 from plait.advice.interruptions import expected_hours
@@ -27,10 +27,10 @@ from plait.advice.needs import Needs
 from plait.advice.security import is_encrypted_between
 from plait.advice.shapes import shapes_of
 from plait.advice.trainable import with_trainable
-from plait.advice.work import Work, work_of
+from plait.advice.work import Work, as_samples, work_of
 from plait.cost.calibration import load_calibration
 from plait.errors import HardwareError, PlanError
-from plait.hardware.catalogue import load_accelerators
+from plait.hardware.catalogue import Accelerator, load_accelerators
 from plait.hardware.offers import Offer, load_offers
 from plait.plan.search import search
 from plait.schema.cluster import Cluster
@@ -107,11 +107,11 @@ def advise(
     """
     began = time.perf_counter()
     today = today or datetime.datetime.now(datetime.UTC).date()
-    graph = with_trainable(graph, needs.trainable)
+    graph = as_samples(with_trainable(graph, needs.trainable))
     work = work_of(graph, needs, own_batch)
     counted = count_work(graph)
     offers = load_offers() if offers is None else offers
-    filtered = remaining(offers, needs, lambda name: cannot_train(name, counted))
+    filtered = remaining(offers, needs, lambda name: cannot_train(name, counted, needs))
     candidates = _candidates(filtered.offers, offers, graph, needs, work, counted)
     hunt = Hunt(graph, needs, work, counted, keep, began + seconds, seconds, today)
     notes: list[str] = []
@@ -155,17 +155,19 @@ def _candidates(
     samples = work.tokens / graph.tokens_per_sample
     least: dict[str, int] = {}
     each: dict[str, tuple[Precision, str, float]] = {}
+    parts: dict[str, Accelerator] = {}
     for name in dict.fromkeys(offer.accelerator for offer in offers):
         part = load_accelerators()[name]
-        precision, why = training_precision(part)
+        precision, why = training_precision(part, needs.precision, runnable=needs.runnable)
         if precision is None:
             continue  # filters have left it out already
+        part = parts[name] = at_tf32(part) if needs.precision == "tf32" else part
         least[name] = least_devices(counted, part.device, precision, calibration)
         each[name] = precision, why, seconds_per_sample(counted, part.device, precision, calibration)
     found = []
     enough = min(1.0, needs.deadline or 1.0)
     alone = {name: samples * seconds / 3600 for name, (_, _, seconds) in each.items()}
-    for shape in shapes_of(offers, least, alone, work.batch, everything, enough, _joins(needs)):
+    for shape in shapes_of(offers, parts, least, alone, work.batch, everything, enough, _joins(needs)):
         precision, why, seconds = each[shape.part.name]
         hourly = shape.hourly(spot=needs.spot)
         if hourly is None:
@@ -210,7 +212,9 @@ def _here(
         if hours > limit:
             notes.append(f"this computer's CPU would need more than {hours:,.0f} hours")
             return None
-        found = search(graph, local, batch=work.batch, top=1, space=few_plans(graph, local.devices)).estimate
+        found = search(
+            graph, local, batch=work.batch, top=1, space=few_plans(graph, local.devices, runnable=True)
+        ).estimate
     except (HardwareError, PlanError) as problem:
         notes.append(f"this computer: {problem.message.splitlines()[0]}")
         return None

@@ -21,7 +21,16 @@ from plait.schema.graph import Graph
 from plait.schema.records import Record
 from plait.units import gib
 
-__all__ = ["Answer", "Price", "answer_of", "local_answer"]
+__all__ = ["Answer", "Price", "answer_of", "length", "local_answer"]
+
+
+def length(hours: float) -> str:
+    """Text such as `40 s`, `12 min`, `5.2 h`, `3.1 days`."""
+    if hours < 1 / 60:
+        return f"{hours * 3600:.2g} s"
+    if hours < 1:
+        return f"{hours * 60:.1f} min"
+    return f"{hours:.1f} h" if hours < 72 else f"{hours / 24:.1f} days"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

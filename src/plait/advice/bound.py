@@ -17,7 +17,7 @@ from plait.schema.plan import Plan
 
 __all__ = ["Counted", "Precision", "count_work", "least_devices", "seconds_per_sample"]
 
-Precision = Literal["fp32", "bf16", "fp16"]
+Precision = Literal["fp32", "bf16", "fp16", "fp8"]
 
 
 @dataclass(frozen=True, slots=True)

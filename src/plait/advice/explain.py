@@ -6,6 +6,7 @@ import difflib
 from typing import Any
 
 from plait.advice.advise import Advice
+from plait.advice.answer import Answer
 from plait.errors import RequestError
 from plait.hardware.catalogue import load_accelerators
 from plait.units import gib
@@ -70,6 +71,7 @@ def explain(advice: Advice, name: str) -> dict[str, Any]:
                 ("step_time_s", found.step_time_s, "cost model (docs/cost.md)"),
                 ("batch", work.batch, work.batch_why),
                 ("devices", found.plan.devices, "the plan"),
+                *_peak(first),
             ],
         )  # fmt: skip
     if word == "energy":
@@ -108,6 +110,14 @@ def explain(advice: Advice, name: str) -> dict[str, Any]:
         ("checkpoint_minutes", needs.checkpoint_minutes, "--checkpoint-minutes"),
         ("restart_minutes", needs.restart_minutes, "assumed, no source; --restart-minutes"),
     ])  # fmt: skip
+
+
+def _peak(first: Answer) -> list[tuple[str, Any, str]]:
+    """The rate that use is counted against; nothing for this computer, whose rates were measured."""
+    part, told = load_accelerators().get(first.accelerator), first.compatibility
+    if part is None or told is None:
+        return []
+    return [("peak", part.device.peak(told.precision), part.device.source)]
 
 
 def _of_step(advice: Advice, word: str) -> dict[str, Any]:

@@ -101,10 +101,10 @@ def _is_endpoint(offer: Offer) -> bool:
     return offer.cloud == "huggingface" and offer.instance_type.startswith("endpoints-")
 
 
-def cannot_train(name: str, counted: Counted) -> str:
+def cannot_train(name: str, counted: Counted, needs: Needs) -> str:
     """Why the part called `name` cannot train the model; '' where it can."""
     part = load_accelerators()[name]
-    precision, why = training_precision(part)
+    precision, why = training_precision(part, needs.precision, runnable=needs.runnable)
     return why if precision is None else can_be_costed(part, counted, precision)
 
 

@@ -8,11 +8,17 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from plait.advice.answer import Answer
+from plait.advice.answer import Answer, length
 from plait.advice.hunt import HORIZON, Candidate, Hunt
+from plait.advice.shapes import LARGEST
 from plait.errors import RequestError
 
 __all__ = ["nearest_or_longer"]
+
+_LONGER = 2.0
+"""Times the fastest: as long as answers may take where nothing finishes within the usual horizon."""
+_NEVER = 100 * 365.25 * 24.0
+"""Hours beyond which nothing is an answer."""
 
 
 def nearest_or_longer(hunt: Hunt, candidates: Sequence[Candidate], notes: list[str]) -> list[Answer]:
@@ -34,18 +40,32 @@ def nearest_or_longer(hunt: Hunt, candidates: Sequence[Candidate], notes: list[s
             "than the work between them",
             hint="leave out --spot, or lower --checkpoint-minutes or --interruptions-per-day",
         )
-    if needs.budget is None and needs.deadline is None:
-        hunt.needs = replace(needs, deadline=1e9)
-        hunt.until = time.perf_counter() + hunt.longer
-        hunt.run(candidates)
-        if answers := hunt.good():
-            notes.append(f"nothing that was searched finishes within {HORIZON / 24:.0f} days; the answers take longer")
-            return answers
-        why = "; ".join(f"{name}: {reason}" for name, reason in hunt.failed[:3])
+    soonest = min(c.hours for c in candidates)
+    if soonest > _NEVER:
         raise RequestError(
-            f"no offer can hold and train {hunt.graph.name}: {why}",
-            hint="a smaller batch, a smaller model, or parts with more memory (--only)",
+            f"no offer finishes: {hunt.work.tokens:.3g} {hunt.work.unit} would take more than {_NEVER / 8766:,.0f} years",
+            hint=f"at least {soonest / 8766:.3g} years on {LARGEST:,} accelerators at most; give fewer --tokens",
         )
+    if needs.budget is None and needs.deadline is None:
+        fastest = _best(hunt, candidates, deadline=_NEVER, minimize="time")
+        if fastest is None:
+            why = "; ".join(f"{name}: {reason}" for name, reason in hunt.failed[:3])
+            raise RequestError(
+                f"no offer can hold and train {hunt.graph.name}: {why or 'none was searched in time'}",
+                hint="a smaller batch, a smaller model, or parts with more memory (--only)",
+            )
+        # Cheaper ones that take years longer are no answers.
+        limit = max(HORIZON, _LONGER * hunt.hours(fastest))
+        hunt.needs = replace(needs, deadline=limit)
+        hunt.until = time.perf_counter() + hunt.longer / 2
+        hunt.run([c for c in candidates if hunt.can_meet(c)])
+        late = hunt.hours(fastest) > HORIZON
+        notes.append(
+            f"nothing that was searched finishes within {HORIZON / 24:,.0f} days; the answers take up to {limit / 24:,.0f}"
+            if late
+            else f"the answers are those that were found within {HORIZON / 24:,.0f} days"
+        )
+        return hunt.good()
     raise _nearest(hunt, candidates)
 
 
@@ -66,7 +86,7 @@ def _nearest(hunt: Hunt, candidates: Sequence[Candidate]) -> RequestError:
             return ""
         price = a.price(spot=needs.spot)
         where = f" at {price.offer.cloud} ({price.offer.instance_type})" if price else ""
-        return f"{what} {a.name}{where}: {hunt.hours(a):,.1f} h, ${hunt.usd(a):,.2f}"
+        return f"{what} {a.name}{where}: {length(hunt.hours(a))}, ${hunt.usd(a):,.2f}"
 
     in_time = affordable = None
     stated = []
@@ -82,7 +102,7 @@ def _nearest(hunt: Hunt, candidates: Sequence[Candidate]) -> RequestError:
     hints = [text(f"cheapest {within}", in_time), text("fastest within the budget", affordable)]
     if in_time is None:
         hints.append(text("fastest of all", _best(hunt, candidates, budget=None, deadline=1e9, minimize="time")))
-    if needs.budget is not None and affordable is None:
+    if needs.budget is not None and affordable is None and (needs.deadline is not None or in_time is None):
         hints.append(text("cheapest of all", _best(hunt, candidates, budget=None, deadline=1e9, minimize="usd")))
     shown = list(dict.fromkeys(hint for hint in hints if hint))
     head = " and ".join(stated)

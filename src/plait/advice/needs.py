@@ -13,10 +13,16 @@ from plait.errors import RequestError
 from plait.hardware.catalogue import find, load_accelerators
 from plait.schema.records import Record
 
-__all__ = ["TASKS", "Needs", "amount", "parts_named"]
+__all__ = ["TASKS", "TRAINING_PRECISIONS", "Needs", "amount", "parts_named"]
 
 TASKS = ("train", "finetune", "serve")
+TRAINING_PRECISIONS = ("bf16", "fp16", "fp32", "tf32", "fp8")
 _LEAVE_OUT = "give another number, or leave it out: the answer says what is then assumed"
+_HOW = {
+    "--tokens": "write for example 1.4T, 300B, 2e9 or 72",
+    "--budget": "dollars, for example 500, 20k or 1.5M",
+    "--deadline": "hours from the start, for example 72",
+}
 _SCALES = {"k": 1e3, "m": 1e6, "b": 1e9, "g": 1e9, "t": 1e12}
 
 
@@ -26,14 +32,14 @@ def amount(option: str, text: str) -> float:
     Raises:
         RequestError: it is no number above 0.
     """
-    word = text.strip().replace("_", "").replace(",", "")
+    word = text.strip().removeprefix("$").replace("_", "").replace(",", "")
     scale = _SCALES.get(word[-1:].lower(), 1.0)
     try:
         value = float(word[:-1] if scale > 1 else word) * scale
     except ValueError:
         value = math.nan
     if not (math.isfinite(value) and value > 0):
-        raise RequestError(f"{option} {text!r} is not a number above 0", hint="write for example 1.4T, 300B, 2e9 or 72")
+        raise RequestError(f"{option} {text!r} is not a number above 0", hint=_HOW.get(option, _HOW["--tokens"]))
     return value
 
 
@@ -85,7 +91,9 @@ class Needs(Record):
     output_tokens: int | None = None
     """0: a plain forward, whatever the model is."""
     precision: str = ""
-    """Of serving; empty: not quantised."""
+    """Empty: bf16 where a part has it (training), not quantised (serving)."""
+    any_plan: bool = False
+    """Training: also plans that plait's own runtime does not execute."""
 
     def __post_init__(self) -> None:
         if self.task not in TASKS:
@@ -105,10 +113,13 @@ class Needs(Record):
         for name in ("restart_minutes", "interruptions_per_day", "grid_kg_per_kwh", "output_tokens"):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value >= 0):
-                raise RequestError(f"--{name.replace('_', '-')} {value:g} must be 0 or above", hint=_LEAVE_OUT)
+                option = "--grid" if name == "grid_kg_per_kwh" else f"--{name.replace('_', '-')}"
+                raise RequestError(f"{option} {value:g} must be 0 or above", hint=_LEAVE_OUT)
         for need in self.require:
             name, sign, value = need.partition("=")
             known = bool(value.strip()) and f"{name}=" in NEEDS if sign else need in NEEDS
+            if sign and not value.strip() and f"{name}=" in NEEDS:
+                raise RequestError(f"--require {need!r} names no {name}", hint=f"write for example --require {name}=eu")
             if not known:
                 near = difflib.get_close_matches(need, NEEDS, n=2, cutoff=0.4)
                 raise RequestError(
@@ -126,7 +137,7 @@ class Needs(Record):
         """Options that another task has."""
         serving = {
             "--latency-ms": self.latency_ms, "--first-token-ms": self.first_token_ms, "--throughput": self.throughput,
-            "--input-tokens": self.input_tokens, "--output-tokens": self.output_tokens, "--precision": self.precision or None,
+            "--input-tokens": self.input_tokens, "--output-tokens": self.output_tokens,
         }  # fmt: skip
         given = [name for name, value in serving.items() if value is not None]
         if self.task != "serve" and given:
@@ -138,16 +149,30 @@ class Needs(Record):
                 f"--trainable {self.trainable} and --task {self.task} clash: only fine-tuning trains a part of a model",
                 hint="add --task finetune",
             )
-        if self.precision and self.precision not in PRECISIONS:
-            near = difflib.get_close_matches(self.precision.lower(), PRECISIONS, n=1, cutoff=0.4)
+        words = PRECISIONS if self.task == "serve" else TRAINING_PRECISIONS
+        if self.precision and self.precision not in words:
+            if self.precision in (*PRECISIONS, *TRAINING_PRECISIONS):
+                what = "no runtime is known to serve" if self.task == "serve" else "nothing is trained"
+                raise RequestError(
+                    f"--precision {self.precision} and --task {self.task} clash: {what} in {self.precision}",
+                    hint=f"--task {self.task} takes {', '.join(words)}",
+                )
+            near = difflib.get_close_matches(self.precision.lower(), words, n=1, cutoff=0.4)
             raise RequestError(
-                f"--precision {self.precision!r} is not one of {', '.join(PRECISIONS)}",
-                hint=f"nearest: {near[0]}" if near else "leave it out: nothing is quantised then",
+                f"--precision {self.precision!r} is not one of {', '.join(words)}",
+                hint=f"nearest: {near[0]}"
+                if near
+                else "leave it out: bf16 where a part has it, and nothing is quantised",
             )
         if self.task == "serve" and self.batch is not None:
             raise RequestError(
                 "--batch and --task serve clash: the batch of serving is chosen", hint="--latency-ms bounds it"
             )
+
+    @property
+    def runnable(self) -> bool:
+        """Whether only plans count that plait's own runtime executes; it has neither fp16 nor fp8."""
+        return not self.any_plan and self.precision not in ("fp16", "fp8")
 
     def wanted(self) -> frozenset[str]:
         """Names of the parts in `only`, all where it is empty."""

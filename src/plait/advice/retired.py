@@ -58,7 +58,7 @@ def refuse_retired(word: str) -> None:
     Raises:
         RequestError: `word` names one.
     """
-    product = retired(word)
+    product = retired(word.strip().removeprefix("hf:"))
     if product is not None:
         raise RequestError(
             f"{product.name} has been retired ({product.year}): {product.reason}",

@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from plait.hardware.catalogue import Accelerator, load_accelerators
+from plait.hardware.catalogue import Accelerator
 from plait.hardware.clusters import uniform_cluster
 from plait.hardware.offers import Offer
 from plait.schema.cluster import Cluster
@@ -57,6 +57,7 @@ class Shape:
 
 def shapes_of(
     offers: Sequence[Offer],
+    parts: Mapping[str, Accelerator],
     least: Mapping[str, int],
     hours_alone: Mapping[str, float],
     batch: int,
@@ -66,7 +67,7 @@ def shapes_of(
 ) -> Iterator[Shape]:
     """Every shape from the smallest count that can hold the model, doubling until the bound is below `enough` hours.
 
-    `joined` says whether several instances of an offer may be joined at all. `least` are the devices of each part that hold weights and optimizer, `hours_alone` one device's hours at best.
+    `parts` are the accelerators by name; `joined` says whether several instances of an offer may be joined at all. `least` are the devices of each part that hold weights and optimizer, `hours_alone` one device's hours at best.
 
     Several instances are joined only where they hold four accelerators or more and are the largest that this cloud has
     of the part (among `everything` it sells): smaller ones seldom have the network that the catalogue states for whole nodes; what a marketplace or broker sells is never
@@ -97,6 +98,5 @@ def shapes_of(
             if alone or hours_alone[offer.accelerator] / count < enough:
                 break
             count *= 2
-    parts = load_accelerators()
     for (name, count, per), group in sellers.items():
         yield Shape(parts[name], count, per, tuple(group))

@@ -3,17 +3,10 @@
 from __future__ import annotations
 
 from plait.advice.advise import Advice
-from plait.advice.answer import Answer, Price
+from plait.advice.answer import Answer, Price, length
 from plait.units import format_count
 
-__all__ = ["length", "paragraph", "warnings"]
-
-
-def length(hours: float) -> str:
-    """Text such as `12 min`, `5.2 h`, `3.1 days`."""
-    if hours < 1:
-        return f"{hours * 60:.1f} min"
-    return f"{hours:.1f} h" if hours < 72 else f"{hours / 24:.1f} days"
+__all__ = ["paragraph", "warnings"]
 
 
 def _from(answer: Answer, price: Price) -> str:

@@ -67,11 +67,15 @@ def advise(
         str,
         typer.Option(
             "--precision",
-            metavar="bf16|fp16|fp32|fp8|int8",
-            help="Serving: where part and runtime take it. Default: not quantised.",
+            metavar="bf16|fp16|fp32|tf32|fp8|int8",
+            help="Where part (and runtime) take it; tf32 to train, int8 to serve. Default: bf16 where there is any; not quantised.",
             show_default=False,
         ),
     ] = "",
+    any_plan: Annotated[
+        bool,
+        typer.Option("--any-plan", help="Training: also plans that other trainers run, and plait's own does not yet."),
+    ] = False,
     budget: Annotated[str | None, typer.Option("--budget", metavar="USD", show_default=False)] = None,
     deadline: Annotated[str | None, typer.Option("--deadline", metavar="HOURS", show_default=False)] = None,
     minimize: Annotated[str, typer.Option("--minimize", metavar="usd|time")] = "usd",
@@ -141,6 +145,7 @@ def advise(
             input_tokens=input_tokens,
             output_tokens=output_tokens,
             precision=precision,
+            any_plan=any_plan,
         )
         graph, own = graph_of(target)
         local = this_computer(graph)
@@ -165,9 +170,9 @@ def _text(result: Mapping[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from plait.advice.words import length
+    from plait.advice.answer import length
 
-    console = Console(width=None if sys.stdout.isatty() else 200, soft_wrap=True)
+    console = Console(width=None if sys.stdout.isatty() else 200, soft_wrap=True, emoji=False)  # hf:llama: is no llama
 
     def say(text: str) -> None:
         console.print(text, markup=False, highlight=False)

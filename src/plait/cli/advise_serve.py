@@ -17,7 +17,7 @@ def serve_text(result: Mapping[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(width=None if sys.stdout.isatty() else 200, soft_wrap=True)
+    console = Console(width=None if sys.stdout.isatty() else 200, soft_wrap=True, emoji=False)  # hf:llama: is no llama
 
     def say(text: str) -> None:
         console.print(text, markup=False, highlight=False)
