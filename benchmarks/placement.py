@@ -13,8 +13,8 @@ Contenders, each in processes of its own that sleep while another works:
     torch     the runtime alone: as many threads as cores in every process, on any core
     torchrun  OMP_NUM_THREADS=1, which torchrun sets where several processes share a node; on any core
 
-A round builds the run anew, warms it up, and times `--steps` steps (training of a small GPT) or forwards (serving:
-independent processes, a batch of one, the model in eager or an exported artefact). A ratio is the default's time over the chosen one's, round by round.
+A round builds the run anew, warms it up, and times `--steps` steps (training of a small GPT) or 1.5 s of forwards (serving:
+independent processes at the same time, a batch of one, the model in eager or an exported artefact). A ratio is the default's time over the chosen one's, round by round.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import os
 import platform
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -59,6 +60,7 @@ WAYS = {
 ROOT = Path(__file__).resolve().parent.parent
 ARTEFACTS = ROOT / "runs" / "placement"
 LIMIT = 30.0  # s, for building, warming up and timing one round
+READY, SERVED = 2.5, 1.5  # s, until every server has loaded its model and is warm, and while they are timed
 CONTENDERS = ("chosen", "torch", "torchrun", "unpinned", "bound", "blocks")
 
 
@@ -119,7 +121,7 @@ def train(plan: str, steps: int) -> float:
     return statistics.median(seconds)
 
 
-def serve(steps: int) -> float:
+def serve(begin: float) -> float:
     """Median seconds of a forward of one sample in this process, the others working beside it."""
     from plait.capture.target import load_target
 
@@ -127,28 +129,27 @@ def serve(steps: int) -> float:
     job = load_target(TARGET)
     model = job.model if isinstance(job.model, torch.nn.Module) else job.model()
     inputs = job.batch[0][:1]
-    seconds = []
     with torch.inference_mode():
-        for step in range(10 * steps):
-            begin = time.perf_counter()
-            model(inputs)
-            if step >= 3:
-                seconds.append(time.perf_counter() - begin)
-    return statistics.median(seconds)
+        return together(lambda: model(inputs), begin)
 
 
-def serve_artefact(runtime: str, steps: int) -> float:
-    """Median seconds of a forward of one sample by an exported artefact; OMP_NUM_THREADS is the contender's."""
+def serve_artefact(runtime: str, begin: float) -> float:
+    """The same of an exported artefact. Its threads are those that `load` takes under the contender's OMP_NUM_THREADS."""
     from plait.serve.served import load
 
     served = load(ARTEFACTS / runtime)
     inputs = torch.zeros(1, 64, dtype=torch.int64)
+    return together(lambda: served(inputs), begin)
+
+
+def together(call: Callable[[], object], begin: float) -> float:
+    """Median seconds of a call from a time of day on, until which all processes call it, too."""
     seconds = []
-    for step in range(20 * steps):
-        begin = time.perf_counter()
-        served(inputs)
-        if step >= 10:
-            seconds.append(time.perf_counter() - begin)
+    while (now := time.time()) < begin + SERVED:
+        start = time.perf_counter()
+        call()
+        if now >= begin:
+            seconds.append(time.perf_counter() - start)
     return statistics.median(seconds)
 
 
@@ -172,7 +173,8 @@ def race(way: str, names: list[str], rounds: int, steps: int) -> dict[str, list[
         for number in range(rounds + 1):
             # Another order each time, so that none always follows the same neighbour.
             for name in names[number % len(names) :] + names[: number % len(names)]:
-                call = (train, plan, steps) if plan else (serve_artefact, runtime, steps) if runtime else (serve, steps)
+                begin = time.time() + READY
+                call = (train, plan, steps) if plan else (serve_artefact, runtime, begin) if runtime else (serve, begin)
                 try:
                     seconds = max(teams[name].call(*call, timeout=LIMIT))
                 except WorkerError as problem:

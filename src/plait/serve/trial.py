@@ -1,9 +1,14 @@
-"""One configuration under trial: a live process that times calls when it is its turn."""
+"""One configuration under trial: a live process that times calls when it is its turn, and is stopped when it is not.
+
+Stopped, because idle threads may spin for ever (OMP_WAIT_POLICY=ACTIVE), on the cores of the one whose turn it is.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 import select
+import signal
 import subprocess
 import tempfile
 from contextlib import suppress
@@ -57,6 +62,7 @@ class Trial:
             self.error = str(answer["error"])
         elif answer is not None:
             self.slow = float(answer["seconds"]) > _SLOW
+        self._signal("SIGSTOP")
         return not self.error
 
     @property
@@ -68,9 +74,14 @@ class Trial:
         return ordered[len(ordered) // 2] / self.configuration.batch
 
     def measure(self, *, slow: bool) -> None:
-        """One turn: a few calls, or where some are `slow` one; the process is idle otherwise."""
+        """One turn: a few calls, or where some are `slow` one; the process stands still otherwise."""
         if self.error:
             return
+        self._signal("SIGCONT")
+        self._ask(slow)
+        self._signal("SIGSTOP")
+
+    def _ask(self, slow: bool) -> None:
         assert self._process.stdin is not None
         try:
             asked = {"calls": 1 if slow else CALLS, "warm": not slow}
@@ -85,6 +96,13 @@ class Trial:
         elif answer is not None:
             self.error = str(answer["error"])
 
+    def _signal(self, name: str) -> None:
+        """To all of its processes; on systems that have none of these signals idle ones go on spinning."""
+        number = getattr(signal, name, None)
+        if number is not None:
+            with suppress(ProcessLookupError, PermissionError):
+                os.killpg(self._process.pid, number)
+
     def _answer(self) -> dict[str, Any] | None:
         assert self._process.stdout is not None
         ready, _, _ = select.select([self._process.stdout], [], [], self._limit)
@@ -98,6 +116,7 @@ class Trial:
 
     def close(self) -> None:
         """End the process."""
+        self._signal("SIGCONT")
         for stream in (self._process.stdin, self._process.stdout):
             if stream is not None:
                 with suppress(OSError):

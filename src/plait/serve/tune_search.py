@@ -158,7 +158,7 @@ class Search:
         default = self._space.default
         with ExitStack() as stack:
             live = self._started(group, stack)
-            everything, slow = dict(live), any(trial.slow for trial in live.values())
+            everything, slow, told = dict(live), any(trial.slow for trial in live.values()), 0
             while live:
                 for _ in range(_TURNS):
                     for trial in live.values():
@@ -166,9 +166,10 @@ class Search:
                     if time.monotonic() >= self._search_end:
                         break
                 ranked = sorted(live, key=lambda c: live[c].cost)
-                self._tell(
-                    f"round {self._round}: {len(live)} left, fastest {1e3 * live[ranked[0]].cost:.3g} ms a sample"
-                )
+                if len(live) != told:
+                    told = len(live)
+                    fastest = 1e3 * live[ranked[0]].cost
+                    self._tell(f"round {self._round}: {told} left, fastest {fastest:.3g} ms a sample")
                 over = time.monotonic() >= self._search_end or len(live[ranked[0]].seconds) >= _MOST
                 if over or len(ranked) == 1:
                     break
