@@ -116,6 +116,7 @@ class Answer(Record):
             "memory_parts_gib": {k: gib(v) for k, v in found.memory[found.fullest].to_dict().items()},
             "headroom_gib": self.headroom_gib,
             "spec": found.plan.spec(),
+            "plan_devices": found.plan.devices,
             "plan": found.plan.to_dict(),
             "not_executable": list(self.not_executable),
             "compatibility": self.compatibility.to_dict() if self.compatibility else None,

@@ -119,7 +119,10 @@ class Needs(Record):
             name, sign, value = need.partition("=")
             known = bool(value.strip()) and f"{name}=" in NEEDS if sign else need in NEEDS
             if sign and not value.strip() and f"{name}=" in NEEDS:
-                raise RequestError(f"--require {need!r} names no {name}", hint=f"write for example --require {name}=eu")
+                raise RequestError(
+                    f"--require {need!r} is not a need: it names no {name}",
+                    hint=f"write for example {name}=eu; known: {', '.join(NEEDS)}",
+                )
             if not known:
                 near = difflib.get_close_matches(need, NEEDS, n=2, cutoff=0.4)
                 raise RequestError(

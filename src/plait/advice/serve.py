@@ -23,24 +23,24 @@ from plait.advice.interruptions import expected_hours
 from plait.advice.needs import Needs
 from plait.advice.prices import age_days, price_warning
 from plait.advice.runtimes import Choice, choose_runtime
-from plait.advice.security import is_encrypted_between, security_notes
+from plait.advice.security import is_encrypted_between
+from plait.advice.serve_answer import ServeAnswer, usd_of
+from plait.advice.serve_nearest import misses, nearest
 from plait.advice.serve_reasons import reasons_for
 from plait.advice.serve_shapes import Way, ways
 from plait.advice.serve_work import ServeWork, serve_work_of
-from plait.advice.shapes import LARGEST
 from plait.advice.work import as_samples
-from plait.cost.serving import ServingEstimate, ServingPlan, batches, estimate_serving
+from plait.cost.serving import ServingPlan, batches, estimate_serving
 from plait.cost.serving_work import Served, served_work
-from plait.errors import HardwareError, PlanError, RequestError
+from plait.errors import HardwareError, PlanError
 from plait.hardware.catalogue import load_accelerators
 from plait.hardware.offers import Offer, load_offers
 from plait.plan.space import facts_of
 from plait.schema.cluster import Cluster
 from plait.schema.graph import Graph
-from plait.schema.records import Record
 from plait.units import gib
 
-__all__ = ["ServeAdvice", "ServeAnswer", "advise_serving"]
+__all__ = ["ServeAdvice", "advise_serving"]
 
 LOCAL = 24.0
 """Hours up to which this computer is the answer."""
@@ -50,93 +50,6 @@ _AS_GOOD = 1.01
 """Dollars over the least that count as the same: far below what the estimate knows."""
 LOCAL_LATENCY = 0.2
 """Seconds between tokens (of a batch) up to which it is, where no latency is asked for: about as fast as one reads."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ServeAnswer(Record):
-    """One way to serve."""
-
-    accelerator: str
-    count: float
-    """Accelerators of the fleet."""
-    instances: int
-    units: int
-    """Copies of what is rented together."""
-    throughput: float
-    """Output tokens (samples) per second of the fleet, kept full."""
-    hours: float
-    """Until the work is done: at the rate asked for, else at the fleet's."""
-    on_demand: Price | None
-    spot: Price | None
-    energy_kwh: float | None
-    co2_kg: float | None
-    estimate: ServingEstimate
-    """Of one unit."""
-    runtime: str
-    headroom_gib: float | None
-    reasons: tuple[str, ...]
-
-    def price(self, *, spot: bool) -> Price | None:
-        """The price that is ranked by."""
-        return self.spot if spot else self.on_demand
-
-    @property
-    def name(self) -> str:
-        """COUNTxPART."""
-        return f"{self.count:g}x{self.accelerator}"
-
-    def summary(self, work: ServeWork) -> dict[str, Any]:
-        """The fields of `plait advise --task serve --json`."""
-        found = self.estimate
-
-        def priced(price: Price | None) -> dict[str, Any] | None:
-            if price is None:
-                return None
-            return {
-                "cloud": price.offer.cloud,
-                "instance_type": price.offer.instance_type,
-                "instances": self.instances,
-                "region": price.offer.region,
-                "usd_per_hour": price.usd_per_hour,
-                "hours": price.hours,
-                "usd": price.usd,
-                "usd_per_million": price.usd / work.amount * 1e6,
-                "as_of": price.offer.as_of,
-                "age_days": price.age_days,
-                "source": price.offer.source,
-                "warning": price.warning,
-                "security": security_notes(load_accelerators()[self.accelerator], price.offer, self.instances),
-            }
-
-        return {
-            "accelerator": self.accelerator,
-            "count": self.count,
-            "instances": self.instances,
-            "hours": self.hours,
-            "usd": self.on_demand.usd if self.on_demand else None,
-            "usd_spot": self.spot.usd if self.spot else None,
-            "usd_per_million": self.on_demand.usd / work.amount * 1e6 if self.on_demand else None,
-            "on_demand": priced(self.on_demand),
-            "spot": priced(self.spot),
-            "throughput_per_s": self.throughput,
-            "latency_ms": found.latency * 1e3,
-            "decode_ms": found.decode * 1e3,
-            "decode_parts_ms": {k: v * 1e3 for k, v in found.parts.items()},
-            "first_token_ms": found.first_token * 1e3,
-            "batch": found.plan.batch,
-            "largest_batch": found.largest_batch,
-            "precision": found.plan.precision,
-            "runtime": self.runtime,
-            "spec": found.plan.spec(),
-            "mfu": found.mfu,
-            "memory_gib": gib(found.memory.total),
-            "memory_limit_gib": None if found.memory_limit is None else gib(found.memory_limit),
-            "memory_parts_gib": {k: gib(v) for k, v in found.memory.to_dict().items()},
-            "headroom_gib": self.headroom_gib,
-            "energy_kwh": self.energy_kwh,
-            "co2_kg": self.co2_kg,
-            "compatibility": {"reasons": list(self.reasons)},
-        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,14 +134,14 @@ def advise_serving(
     notes: list[str] = list(work.notes)
     here = _here(served, needs, work, local, notes)
     answers = [a for way in found if (a := _answer(way, needs, work, today)) is not None]
-    good = [a for a in answers if not _misses(a, needs)]
+    good = [a for a in answers if not misses(a, needs)]
     if decodes and needs.latency_ms is None:
         quick = [a for a in good if a.estimate.latency <= USUAL_LATENCY]
         text = f"without --latency-ms, {USUAL_LATENCY * 1e3:.0f} ms a token hold"
         notes.append(text if quick else text + "; nothing keeps them, so the answers are slower")
         good = quick or good
     if not good and here is None:
-        raise _nearest(answers, needs, served, failed)
+        raise nearest(answers, needs, served, failed)
     best = _best_of_each(good, needs)
     ranked = [*([here] if here else []), *varied(best)]
     return ServeAdvice(
@@ -349,28 +262,8 @@ def _here(served: Served, needs: Needs, work: ServeWork, local: Cluster | None, 
     )  # fmt: skip
 
 
-def _usd(answer: ServeAnswer, needs: Needs) -> float:
-    price = answer.price(spot=needs.spot)
-    return price.usd if price else 0.0
-
-
-def _misses(answer: ServeAnswer, needs: Needs) -> tuple[str, ...]:
-    """The needs that an answer does not meet."""
-    found = answer.estimate
-    late = {
-        f"--latency-ms {needs.latency_ms or 0:g}": needs.latency_ms is not None
-        and found.latency * 1e3 > needs.latency_ms,
-        f"--first-token-ms {needs.first_token_ms or 0:g}": needs.first_token_ms is not None
-        and found.first_token * 1e3 > needs.first_token_ms,
-        f"--budget {needs.budget or 0:g}": needs.budget is not None and _usd(answer, needs) > needs.budget,
-        f"--deadline {needs.deadline or 0:g}": needs.deadline is not None and answer.hours > needs.deadline,
-        f"--throughput {needs.throughput or 0:g}": needs.throughput is not None and answer.count > LARGEST,
-    }
-    return tuple(name for name, missed in late.items() if missed)
-
-
 def _key(answer: ServeAnswer, needs: Needs) -> tuple[float, float]:
-    usd, latency = _usd(answer, needs), answer.estimate.latency
+    usd, latency = usd_of(answer, needs), answer.estimate.latency
     return (usd, latency) if needs.minimize == "usd" else (latency, usd)
 
 
@@ -385,9 +278,12 @@ def _best_of_each(answers: Iterable[ServeAnswer], needs: Needs) -> list[ServeAns
     best = []
     for group in groups.values():
         if needs.minimize == "usd":
-            limit = _AS_GOOD * min(_usd(a, needs) for a in group)
+            limit = _AS_GOOD * min(usd_of(a, needs) for a in group)
             best.append(
-                min((a for a in group if _usd(a, needs) <= limit), key=lambda a: (a.estimate.latency, _usd(a, needs)))
+                min(
+                    (a for a in group if usd_of(a, needs) <= limit),
+                    key=lambda a: (a.estimate.latency, usd_of(a, needs)),
+                )
             )
         else:
             best.append(min(group, key=lambda a: _key(a, needs)))
@@ -397,54 +293,7 @@ def _best_of_each(answers: Iterable[ServeAnswer], needs: Needs) -> list[ServeAns
 def _front(answers: Sequence[ServeAnswer], needs: Needs) -> tuple[ServeAnswer, ...]:
     """Answers that no other one beats in latency and money, quickest first."""
     front: list[ServeAnswer] = []
-    for answer in sorted(answers, key=lambda a: (a.estimate.latency, _usd(a, needs))):
-        if not front or _usd(answer, needs) < _usd(front[-1], needs) * (1 - 1e-9):
+    for answer in sorted(answers, key=lambda a: (a.estimate.latency, usd_of(a, needs))):
+        if not front or usd_of(answer, needs) < usd_of(front[-1], needs) * (1 - 1e-9):
             front.append(answer)
     return tuple(front)
-
-
-def _nearest(
-    answers: Sequence[ServeAnswer], needs: Needs, served: Served, failed: Sequence[tuple[str, str]]
-) -> RequestError:
-    """The error when nothing meets the needs: which of them clash, and what comes nearest to each."""
-    if not answers:
-        why = "; ".join(f"{name}: {reason}" for name, reason in failed[:3])
-        return RequestError(
-            f"no offer that meets the needs can hold the model's {served.parameters / 1e9:,.1f} billion parameters"
-            + (f": {why}" if why else ""),
-            hint="drop one of --require, --clouds, --only, or halve the weights with --precision fp8 or int8",
-        )
-    stated = sorted({name for a in answers for name in _misses(a, needs)})
-    hints = []
-    for name in stated:
-        others = [a for a in answers if not set(_misses(a, needs)) - {name}]
-        if others:
-            nearest = min(others, key=lambda a: _distance(a, name, needs))
-            hints.append(f"without {name}: {_told(nearest, needs)}")
-    for name in stated:
-        least = min(answers, key=lambda a: _distance(a, name, needs))
-        if all(_told(least, needs) not in hint for hint in hints):
-            hints.append(f"nearest to {name}: {_told(least, needs)}")
-    alone = [name for name in stated if all(name in _misses(a, needs) for a in answers)]
-    if alone:
-        return RequestError(f"no offer meets {' and '.join(alone)}", hint="; ".join(hints[:4]))
-    return RequestError(f"{' and '.join(stated)} clash: each can be met, not all", hint="; ".join(hints[:4]))
-
-
-def _distance(answer: ServeAnswer, name: str, needs: Needs) -> float:
-    found = answer.estimate
-    return {
-        "--latency-ms": found.latency,
-        "--first-token-ms": found.first_token,
-        "--budget": _usd(answer, needs),
-        "--deadline": answer.hours,
-        "--throughput": answer.count,
-    }[name.partition(" ")[0]]
-
-
-def _told(answer: ServeAnswer, needs: Needs) -> str:
-    found = answer.estimate
-    return (
-        f"{answer.name}: {found.latency * 1e3:,.3g} ms, first token {found.first_token * 1e3:,.3g} ms, {answer.hours:,.3g} h, "
-        f"${_usd(answer, needs):,.4g}"
-    )

@@ -6,7 +6,8 @@ import difflib
 from typing import Any
 
 from plait.advice.explain import traced
-from plait.advice.serve import ServeAdvice, ServeAnswer
+from plait.advice.serve import ServeAdvice
+from plait.advice.serve_answer import ServeAnswer
 from plait.errors import RequestError
 from plait.hardware.catalogue import load_accelerators
 from plait.units import format_count, gib

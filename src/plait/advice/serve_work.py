@@ -77,7 +77,9 @@ def serve_work_of(graph: Graph, served: Served, needs: Needs) -> ServeWork:
             prompt, reply = prompt if served.is_fixed else min(prompt, most), min(reply, most)
             reason = f"default: prompts of {prompt:,} and replies of {reply:,} tokens, as its tables of positions allow"
     if encoder is not None:
-        notes.append("an encoder-decoder: the encoder runs once over a prompt, then tokens are made one by one")
+        notes.append(
+            "an encoder-decoder: the encoder runs once over a prompt, then tokens are made one by one; which of them a runtime takes is its own to say"
+        )
         return ServeWork(load=Load(input_tokens=prompt, output_tokens=reply), load_why=reason, unit="output tokens", each="token",
                          amount=amount, amount_why=why, notes=tuple(notes))  # fmt: skip
     if served.attention_flops == 0:
@@ -92,17 +94,17 @@ def serve_work_of(graph: Graph, served: Served, needs: Needs) -> ServeWork:
 
 
 def _positions(graph: Graph) -> int | None:
-    """Rows of the table that is not looked up with tokens: as many positions as there are; None where there is none."""
-    rows = []
+    """Rows of the table of positions: not looked up with tokens, and as wide as theirs; None where there is none."""
+    tables: list[tuple[int, int, bool]] = []
     for segment in graph.segments:
         for op in segment.operators:
-            if op.kind != "embedding" or not op.outputs:
-                continue
-            size = next((s.shape[0] for n in op.parameters for s in [_spec(graph, n)] if s is not None), 0)
-            by_token = any(x.name == source.name for source in graph.inputs for x in op.inputs)
-            if size and not by_token:
-                rows.append(size)
-    return min(rows, default=None)
+            spec = next((s for n in op.parameters for s in [_spec(graph, n)] if s is not None), None)
+            if op.kind == "embedding" and op.outputs and spec is not None and len(spec.shape) == 2:
+                by_token = any(x.name == source.name for source in graph.inputs for x in op.inputs)
+                tables.append((spec.shape[0], spec.shape[1], by_token))
+    # The largest is the tokens'. A table of relative positions is as wide as there are heads.
+    width = max(tables, default=(0, 0, False))[1]
+    return min((rows for rows, wide, by_token in tables if not by_token and wide == width), default=None)
 
 
 def _spec(graph: Graph, name: str) -> ParameterSpec | None:

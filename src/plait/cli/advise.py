@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+import shlex
 import sys
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from plait.cli.options import Batch, Json, Target
-from plait.cli.output import only_result_on_stdout, show
+from plait.cli.output import only_result_on_stdout, plain_json, show
+from plait.errors import RequestError
 
 __all__ = ["advise", "number", "say_explained"]
 
@@ -105,6 +108,16 @@ def advise(
         str,
         typer.Option("--explain", metavar="NAME", help="Formula, inputs and sources of a figure.", show_default=False),
     ] = "",
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "-o",
+            "--output",
+            metavar="plan.yaml",
+            help="Write the first answer's plan here, for `plait launch`.",
+            show_default=False,
+        ),
+    ] = None,
     json: Json = False,
 ) -> int:
     """Say which accelerators, from which cloud, for how long and for how much."""
@@ -122,6 +135,11 @@ def advise(
         from plait.capture.graphs import graph_of
 
         refuse_retired(target)
+        if output is not None and task == "serve":
+            raise RequestError(
+                "--output and --task serve clash: what is written is a plan for `plait launch`, which trains",
+                hint="`plait export` makes the files for a serving runtime",
+            )
         needs = Needs(
             task=task,
             tokens=None if tokens is None else amount("--tokens", tokens),
@@ -161,8 +179,59 @@ def advise(
             result["advice"], result["warnings"] = paragraph(advice), warnings(advice)
             if explain:
                 result["explained"] = explained(advice, explain)
+            result["next"] = _next(result["answers"][0], target, output)
+            if output is not None:
+                _write(output, target, result)
     show(result, json, serve_text if task == "serve" else _text)
     return 0
+
+
+def _next(answer: Mapping[str, Any], target: str, output: Path | None) -> str:
+    """The command that makes the job's files for an answer; '' where plait's runtime does not execute its plan."""
+    from plait.hardware.catalogue import load_accelerators
+    from plait.jobs.names import name_of
+
+    if answer["not_executable"]:
+        return ""
+    price = answer["on_demand"] or answer["spot"]
+    if price is None:
+        return f"plait train {shlex.quote(target)} --plan {shlex.quote(str(output or answer['spec']))}"
+    part = load_accelerators()[answer["accelerator"]]
+    engine = "gcp-tpu" if part.vendor == "Google" else "skypilot" if name_of(part, "skypilot") else "slurm"
+    words = [
+        "plait",
+        "launch",
+        target,
+        "--plan",
+        str(output or answer["spec"]),
+        "--to",
+        engine,
+        "--gpu-type",
+        part.name,
+    ]
+    if answer["plan_devices"] == answer["count"]:
+        words += ["--devices-per-node", str(answer["count"] // price["instances"])]
+    return shlex.join(words)
+
+
+def _write(path: Path, target: str, result: Mapping[str, Any]) -> None:
+    """The first answer's plan, with the target and the accelerators that it is for."""
+    import yaml
+
+    first = result["answers"][0]
+    part = "cpu" if first["on_demand"] is None and first["spot"] is None else first["accelerator"]
+    data = {
+        "target": target,
+        "cluster": f"{first['plan_devices']}x{part}",
+        "plan": first["plan"],
+        "advice": result["advice"],
+    }
+    try:
+        path.write_text(yaml.safe_dump(plain_json(data), sort_keys=False), encoding="utf-8")
+    except OSError as problem:
+        raise RequestError(
+            f"--output {path}: {problem.strerror}", hint="name a file in a folder that can be written"
+        ) from None
 
 
 def _text(result: Mapping[str, Any]) -> None:
@@ -215,6 +284,8 @@ def _text(result: Mapping[str, Any]) -> None:
     for entry in result["excluded"][:8]:
         say(f"  left out {entry['count']}: {entry['need']}: {entry['reason']} ({entry['example']})")
     say(f"  {result['bounded']} shapes bounded, {result['searched']} searched in {result['seconds']:.1f} s")
+    if result["next"]:
+        say(f"  next: {result['next']}    (--to takes other engines)")
     say_explained(result, say)
 
 
