@@ -145,7 +145,7 @@ def test_files_that_were_changed_are_kept(project: Path, capsys):
         (("--interface", "eth0; id"), "launch: --interface 'eth0; id' holds a character", ""),
         (("--image", "a$(id)"), "launch: --image 'a$(id)' holds a character", ""),
         (("--to", "gcp-tpu"), "launch: Google Cloud TPU needs a TPU", "TPU-v5e"),
-        (("--to", "aws", "--plan", "dp=6"), "launch: aws has no machine with 3 NVIDIA H100 SXM5", "p5.48xlarge"),
+        (("--to", "aws", "--plan", "dp=6"), "launch: AWS has no machine with 3 NVIDIA H100 SXM5", "p5.48xlarge"),
     ],
 )
 def test_refused_requests(project: Path, capsys, more: tuple[str, ...], message: str, hint: str):

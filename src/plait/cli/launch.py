@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -142,5 +143,5 @@ def _text(result: Mapping[str, Any]) -> None:
     for note in result["notes"]:
         typer.echo(f"  note: {note}")
     typer.echo(
-        ("started: " if result["submitted"] else "nothing was started; to start it: ") + " ".join(result["submit"])
+        ("started: " if result["submitted"] else "nothing was started; to start it: ") + shlex.join(result["submit"])
     )

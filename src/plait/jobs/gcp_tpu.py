@@ -68,6 +68,7 @@ def _write(request: Request) -> Job:
         submit=Submit(
             words=("bash", f"{request.folder}/queue.sh"),
             program="gcloud",
+            variables=("ZONE",),
             install="install Google Cloud's CLI, then `gcloud auth login` and `gcloud config set project PROJECT`",
         ),
         notes=(

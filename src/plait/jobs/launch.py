@@ -64,7 +64,8 @@ def launch(target: str, plan: str | Plan, to: str, options: LaunchOptions | None
     check_target_exists(target)
     if reasons := unsupported(loaded):
         raise PlanError(
-            f"launch: plait cannot run this plan: {reasons[0]}", hint="`plait plan --runnable` leaves such plans out"
+            f"launch: plait cannot run this plan: {reasons[0]}",
+            hint="`plait plan --runnable` and `plait advise` leave such plans out",
         )
     origin = made_for(plan)
     wanted = options.gpu_type or origin.part or None
@@ -272,4 +273,8 @@ def _write(folder: Path, job: Job, *, force: bool) -> None:
             if file.executable:
                 path.chmod(path.stat().st_mode | 0o111)
     except (OSError, UnicodeDecodeError) as problem:
-        raise RequestError(f"launch: {folder}: {problem}") from None
+        why = problem.strerror if isinstance(problem, OSError) and problem.strerror else str(problem)
+        raise RequestError(
+            f"launch: the files cannot be written into {folder}: {why}",
+            hint="pass -o with a folder that can be written",
+        ) from None

@@ -34,6 +34,10 @@ def counts_of(part: Accelerator, engine: str) -> dict[int, str]:
     return {int(n): name for (p, e, n), name in _names().items() if (p, e) == (part.name, engine) and n}
 
 
+_TOLD = {"aws": "AWS", "azure": "Azure", "tpu-type": "Google Cloud TPU", "skypilot": "SkyPilot"}
+"""Engines' words in names.csv, as people call them."""
+
+
 def need_name(request: Request, engine: str, count: int | None, option: str) -> str:
     """The engine's name for the request's part.
 
@@ -44,16 +48,18 @@ def need_name(request: Request, engine: str, count: int | None, option: str) -> 
     found = name_of(request.part, engine, count)
     if found is not None:
         return found
+    told = _TOLD.get(engine, engine)
     offered = counts_of(request.part, engine)
     others = sorted({p for p, e, _ in _names() if e == engine})
     if offered:
         sizes = ", ".join(f"{n} ({name})" for n, name in sorted(offered.items()))
         raise HardwareError(
-            f"launch: {engine} has no machine with {count} {request.part.name}",
-            hint=f"it has machines with {sizes}; change --devices-per-node, or {option}",
+            f"launch: {told} has {'no slice of' if engine == 'tpu-type' else 'no machine with'} {count} {request.part.name}",
+            hint=f"it has {sizes}; "
+            + (f"take {option}" if engine == "tpu-type" else f"change --devices-per-node, or {option}"),
         )
     raise HardwareError(
-        f"launch: no name of {request.part.name} is known for {engine}",
+        f"launch: no name of {request.part.name} is known for {told}",
         hint=f"{option}; it is known for {', '.join(others[:8])}" + (", ..." if len(others) > 8 else ""),
     )
 

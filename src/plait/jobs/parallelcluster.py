@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import Any
 
 from plait.jobs.names import cpu_machine, need_name
@@ -30,7 +31,7 @@ def _write(request: Request) -> Job:
     has_efa = request.nodes > 1 and instance.startswith(_WITH_EFA)
     note = (
         "Make the cluster:   pcluster create-cluster --cluster-name plait --cluster-configuration cluster.yaml",
-        "Then on its head node, in /shared with the project: sbatch " + f"{request.folder}/job.sbatch",
+        f"Then on its head node, in /shared with the project: sbatch {shlex.quote(request.folder)}/job.sbatch",
         "Fill in the region, subnets and key.",
     )
     cluster = documents((header(request, "AWS ParallelCluster", *note), _cluster(request, instance, has_efa)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import Any
 
 from plait.jobs.names import resource_of
@@ -120,7 +121,7 @@ def dockerfile(request: Request) -> File:
     text = f"""\
 {header(request, "a container")}
 # From the project's folder, with plait's wheel beside (in plait's own folder: pip wheel --no-deps -w PROJECT .):
-#   docker build -f {request.folder}/Dockerfile -t {image_of(request)} . && docker push {image_of(request)}
+#   docker build -f {shlex.quote(request.folder)}/Dockerfile -t {image_of(request)} . && docker push {image_of(request)}
 {why}
 {base}
 FROM ${{BASE}}

@@ -96,6 +96,13 @@ class Submit:
     """A Python module that it needs beside."""
     program: str = ""
     """What the script that `words` start needs; empty: the first word itself."""
+    variables: tuple[str, ...] = ()
+    """Of the environment, without which it cannot start."""
+
+    @property
+    def text(self) -> str:
+        """The command as it is typed."""
+        return shlex.join(self.words)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -52,6 +52,7 @@ def _write(request: Request) -> Job:
             words=("python", f"{request.folder}/submit.py"),
             install="pip install sagemaker-train, then set SAGEMAKER_ROLE and AWS credentials",
             module="sagemaker.train",
+            variables=("SAGEMAKER_ROLE",) if request.image else ("SAGEMAKER_ROLE", "IMAGE"),
         ),
         notes=(
             "set SAGEMAKER_ROLE to an execution role, and IMAGE where --image names none",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+
 from plait.jobs.request import Engine, File, Job, Request, Submit
 from plait.jobs.shell import Meeting, header, node_script
 
@@ -76,7 +78,7 @@ def _sbatch(request: Request, engine: str, directives: tuple[str, ...]) -> str:
     ]
     return f"""\
 #!/usr/bin/env bash
-{header(request, engine, f"    sbatch {request.folder}/job.sbatch       from the project's folder, on storage that all nodes see")}\
+{header(request, engine, f"    sbatch {shlex.quote(request.folder)}/job.sbatch       from the project's folder, on storage that all nodes see")}\
 #
 {chr(10).join(lines)}
 

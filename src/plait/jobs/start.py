@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import shutil
 import subprocess
 import sys
@@ -21,7 +22,6 @@ def start(engine: Engine, submit: Submit, request: Request) -> None:
         PlaitError: it ended with another status than 0.
     """
     first, *rest = submit.words
-    command = " ".join(submit.words)
     program = submit.program or first
     found = sys.executable if first == "python" else shutil.which(first)
     missing = ""
@@ -32,7 +32,13 @@ def start(engine: Engine, submit: Submit, request: Request) -> None:
     if missing or found is None:
         raise RequestError(
             f"launch: {missing} is not installed here, so the job was not started (its files are written)",
-            hint=f"{submit.install}; then: {command}",
+            hint=f"{submit.install}; then: {submit.text}",
+        )
+    if unset := [name for name in submit.variables if not os.environ.get(name)]:
+        raise RequestError(
+            f"launch: {' and '.join(unset)} {'are' if len(unset) > 1 else 'is'} not set, so the job was not started "
+            "(its files are written)",
+            hint=f"{submit.install}; then: {' '.join(f'{name}=...' for name in unset)} {submit.text}",
         )
     if engine.name == "torchrun" and request.nodes > 1 and not request.hosts:
         raise RequestError(
@@ -41,7 +47,7 @@ def start(engine: Engine, submit: Submit, request: Request) -> None:
         )
     done = subprocess.run([found, *rest], cwd=request.root, stdout=2, check=False)  # what it prints is no result
     if done.returncode != 0:
-        raise PlaitError(f"launch: `{command}` ended with status {done.returncode}", hint="its own output is above")
+        raise PlaitError(f"launch: `{submit.text}` ended with status {done.returncode}", hint="its own output is above")
 
 
 def _has_module(name: str) -> bool:
