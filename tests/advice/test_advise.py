@@ -159,6 +159,9 @@ def test_this_computer_is_the_answer_to_a_small_model():
         ({"precision": "bf15"}, "--precision 'bf15' is not one of"),
         ({"precision": "fp8", "only": ("A100-SXM-80GB",)}, "no source states its fp8 rate"),
         ({"require": ("region=",)}, "names no region"),
+        ({"require": ("region=mars",)}, "'mars' is no region"),
+        ({"require": ("jurisdiction=us-east-1",)}, "'us-east-1' is no jurisdiction"),
+        ({"only": ("NVIDIA K80",)}, "PyTorch 2 has no build for Kepler"),
         ({"grid_kg_per_kwh": -1.0}, "--grid -1 must be 0 or above"),
     ],
 )
@@ -221,6 +224,7 @@ def test_the_first_answer_can_be_launched():
     assert other.estimate.plan.precision == asked.estimate.plan.precision == "fp16"
     assert any("fp16" in why for why in other.not_executable)
     assert other.hours < plain.hours
+    assert any("CUDA 12.6" in reason for reason in plain.compatibility.reasons)
 
 
 def test_precisions_that_are_asked_for():

@@ -9,6 +9,7 @@ from plait.advice.bound import Counted, Precision, seconds_per_sample
 from plait.advice.runtimes import runtimes
 from plait.cost.calibration import load_calibration
 from plait.errors import HardwareError
+from plait.hardware.builds import build_for
 from plait.hardware.catalogue import Accelerator
 from plait.schema.records import Record
 
@@ -49,6 +50,9 @@ def training_precision(part: Accelerator, wanted: str = "", *, runnable: bool = 
         return None, f"{part.name} runs compiled inference graphs only and cannot train"
     if not device.torch_device:
         return None, f"{part.name} has no device in a PyTorch build that plait knows"
+    build = build_for(part)
+    if build is not None and not build.runs:
+        return None, f"{part.name}: {build.says} ({build.source})"
     if wanted:
         if wanted not in device.peak_flops:
             return None, f"{part.name}: no source states its {wanted} rate"
@@ -119,6 +123,8 @@ def compatibility(
         reasons.append(
             f"{device.programmability}: any operator runs; {100 * share:.0f} % of the ideal time is matmul and attention"
         )
+    if (build := build_for(part)) is not None:
+        reasons.append(f"{build.says} ({build.source})")
     if device.torch_device == "xla":
         reasons.append("plait estimates it, but plait's own runtime has not been run on XLA devices")
     if part.status == "retired":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import itertools
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from plait.advice.bound import Counted
 from plait.advice.compatibility import can_be_costed, training_precision
 from plait.advice.needs import Needs
+from plait.advice.regions import AREAS
 from plait.advice.retired import refuse_retired
 from plait.advice.security import meets
 from plait.errors import RequestError
@@ -49,6 +51,7 @@ def remaining(offers: Sequence[Offer], needs: Needs, refusal: Callable[[str], st
         RequestError: a cloud is not known, or no offer meets all needs; the message says which needs clash.
     """
     _check_clouds(offers, needs)
+    _check_areas(offers, needs)
     unable = {name: refusal(name) for name in {offer.accelerator for offer in offers}}
     wanted, unwanted = needs.wanted(), needs.unwanted()
     checks: dict[str, Check] = {
@@ -127,6 +130,21 @@ def _check_clouds(offers: Sequence[Offer], needs: Needs) -> None:
             raise RequestError(
                 f"--clouds {cloud!r} is not a cloud with offers here",
                 hint=(f"nearest: {', '.join(near)}; " if near else "") + f"all: {', '.join(known)}",
+            )
+
+
+def _check_areas(offers: Sequence[Offer], needs: Needs) -> None:
+    regions = {offer.region.lower() for offer in offers}
+    for need in needs.require:
+        name, sign, area = need.partition("=")
+        known = {*AREAS, *(regions if name == "region" else ())}
+        if sign and area.lower() not in known and not re.fullmatch("[A-Za-z]{2}", area):
+            near = difflib.get_close_matches(area.lower(), sorted(known), n=3, cutoff=0.5)
+            own = ", or a region's own name" if name == "region" else ""
+            raise RequestError(
+                f"--require {need}: {area!r} is no {name} that any offer states",
+                hint=(f"nearest: {', '.join(near)}; " if near else "")
+                + f"known: {', '.join(AREAS)}, a country's code of two letters{own}",
             )
 
 

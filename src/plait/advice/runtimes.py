@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from plait.errors import HardwareError
+from plait.hardware.builds import build_for
 from plait.hardware.catalogue import Accelerator
 from plait.hardware.tables import rows
 from plait.schema.records import Record
@@ -112,7 +113,9 @@ def choose_runtime(
             software = first.software if cached or first.software == "neuron" else "fastertransformer"
             why = f"{word} is stated for the part and accepted by {first.name}" + (" (asked for)" if precision else "")
             return Choice(precision=word, runtime=first.name, software=software, why=why, others=others), ""
-    if (crosses or not cached) and device.torch_device and stated[0] in ("bf16", "fp16", "fp32"):
+    build = build_for(part)
+    has_torch = bool(device.torch_device) and device.trains and (build is None or build.runs)
+    if (crosses or not cached) and has_torch and stated[0] in ("bf16", "fp16", "fp32"):
         software = "vllm" if decodes else "fastertransformer"
         why = f"{stated[0]} is stated; plain PyTorch"
         if crosses:

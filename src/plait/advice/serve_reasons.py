@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from plait.advice.serve_shapes import Way
 from plait.cost.serving import ServingEstimate, fitted_families
+from plait.hardware.builds import build_for
 
 __all__ = ["reasons_for"]
 
@@ -29,6 +30,8 @@ def reasons_for(way: Way, found: ServingEstimate) -> tuple[str, ...]:
         )
     if found.plan.tp > 1 and device.collective_library:
         reasons.append(f"collectives by {device.collective_library}")
+    if choice.runtime in ("PyTorch", "vllm") and (build := build_for(part)) is not None:
+        reasons.append(f"{build.says} ({build.source})")
     if part.status == "retired":
         reasons.append(f"no longer sold new{f'; its successor is {part.successor}' if part.successor else ''}")
     if device.family not in fitted_families():

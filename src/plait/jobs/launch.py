@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from plait.errors import PlanError, RequestError
+from plait.hardware.builds import build_for
 from plait.hardware.catalogue import Accelerator, find
 from plait.hardware.placement import thread_curve, threads_for
 from plait.hardware.probe import load_probe
@@ -80,6 +81,8 @@ def launch(target: str, plan: str | Plan, to: str, options: LaunchOptions | None
     if options.spot and not engine.takes_spot:
         notes.append(f"--spot changes nothing here: what {engine.name} takes nodes from is the cluster's own to decide")
     notes += origin.notes(target, None if request.part is None else request.part.name, is_cpu=request.cpu_only)
+    if request.part is not None and (build := build_for(request.part)) is not None:
+        notes.append(f"{build.says}: install that torch on the nodes ({build.source})")
     if options.tp_across_nodes and any(axis.axis == "tp" and not axis.is_inside for axis in axes):
         notes.append("tp crosses nodes, as asked: expect it to wait for the network in every layer")
     result: dict[str, Any] = {
@@ -211,6 +214,12 @@ def _part(name: str | None) -> Accelerator | None:
         raise RequestError(
             f"launch: no torch device is known for {part.name}, so plait cannot train on it",
             hint="`plait hardware list --trains` lists what can",
+        )
+    build = build_for(part)
+    if build is not None and not build.runs:
+        raise RequestError(
+            f"launch: {part.name}: {build.says} ({build.source})",
+            hint="`plait hardware list --trains` lists other parts",
         )
     return part
 
