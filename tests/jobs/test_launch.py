@@ -303,6 +303,36 @@ def test_an_engine_that_is_not_installed(project: Path, capsys, monkeypatch, eng
     assert (Path("launch") / f"tiny-{engine}" / "plan.yaml").is_file()
 
 
+def test_a_zone_that_is_not_set_is_asked_for(project: Path, capsys, monkeypatch):
+    """Status 2 before anything is started, the files written, the command with the variable in the hint."""
+    (project / "bin").mkdir()
+    fake(project / "bin", "gcloud")
+    monkeypatch.setenv("PATH", f"{project}/bin:/usr/bin:/bin")
+    monkeypatch.delenv("ZONE", raising=False)
+
+    assert run([*words("gcp-tpu"), "--submit"]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: launch: ZONE is not set, so the job was not started (its files are written)")
+    assert "ZONE=... bash launch/tiny-gcp-tpu/queue.sh" in err
+
+
+def test_what_is_to_be_typed_is_quoted(project: Path, capsys):
+    """A folder with a space in it makes one word of the command, in the text and in the file's own comment."""
+    assert run([*words("slurm"), "-o", "my jobs/one"]) == 0
+
+    assert "to start it: sbatch 'my jobs/one/job.sbatch'" in capsys.readouterr().out
+    assert "sbatch 'my jobs/one'/job.sbatch" in Path("my jobs/one/job.sbatch").read_text(encoding="utf-8")
+
+
+def test_a_volta_needs_another_torch(project: Path, capsys):
+    """The default build has no kernels for it, and says so too late."""
+    assert run(["launch", "tiny.py:job", "--plan", "dp=2", "--to", "slurm", "--gpu-type", "V100"]) == 0
+    assert "CUDA 12.6" in capsys.readouterr().out
+
+    assert run(["launch", "tiny.py:job", "--plan", "dp=2", "--to", "slurm", "--gpu-type", "NVIDIA K80"]) == 2
+    assert "no build for Kepler" in capsys.readouterr().err
+
+
 def test_torchrun_over_unknown_hosts_is_not_started(project: Path, capsys, monkeypatch):
     """--hosts is asked for."""
     (project / "bin").mkdir()
