@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shlex
+from dataclasses import replace
 
 import pytest
 
@@ -85,6 +87,29 @@ def test_serving_has_what_scripts_need(capsys):
     assert "Take " in out
     assert "a million output tokens" in out
     assert "security:" in out
+
+
+def test_what_is_advised_is_launched(capsys, tmp_path, monkeypatch):
+    """The plan that is written, and the command that is named, make a job's files."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "t.py").write_text("def job(): ...\n", encoding="utf-8")
+    assert run([*ONE, "-o", "plan.yaml", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    words = shlex.split(found["next"])
+
+    assert words[:5] == ["plait", "launch", "t.py:job", "--plan", "plan.yaml"]
+    assert run(words[1:]) == 0
+    assert found["answers"][0]["spec"] in capsys.readouterr().out
+    assert run(["advise", "t.py:job", "--task", "serve", "-o", "plan.yaml"]) == 2
+    assert "--output and --task serve clash" in capsys.readouterr().err
+
+
+def test_names_are_no_emoji(capsys, monkeypatch):
+    """hf:llama: is text."""
+    monkeypatch.setattr("plait.capture.graphs.graph_of", lambda target: (replace(GRAPH, name="hf:llama"), 16))
+    assert run(list(ONE)) == 0
+
+    assert capsys.readouterr().out.startswith("hf:llama: ")
 
 
 def test_adapters_are_said(capsys):

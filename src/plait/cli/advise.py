@@ -179,7 +179,7 @@ def advise(
             result["advice"], result["warnings"] = paragraph(advice), warnings(advice)
             if explain:
                 result["explained"] = explained(advice, explain)
-            result["next"] = _next(result["answers"][0], target, output)
+            result["next"] = _next(result["answers"][0], target, output) if trainable == "all" else ""
             if output is not None:
                 _write(output, target, result)
     show(result, json, serve_text if task == "serve" else _text)
