@@ -7,14 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_models import Mlp
 from torch import nn
 
-from plait.errors import ServeError
-from plait.serve.ladder import at_batch, filled_up, ladder
+import plait
+from plait.environments.make import find
+from plait.errors import RequestError, ServeError
+from plait.serve.ladder import Rung, ladder, rungs, served, unfit
 from plait.serve.litert import LiteRt
 from plait.serve.simplify import simplified
 from plait.serve.subject import Entry, Sample, Subject, TensorSpec
-from plait.serve.tvm import Tvm, _order
+from plait.serve.tvm import Tvm, _order, _seconds
 
 
 def subject(dims: dict[str, tuple[int, int]]) -> Subject:
@@ -55,14 +58,76 @@ def test_a_closed_batch_is_the_only_step():
     assert ladder(none, none.entries["forward"]) == [1]
 
 
-def test_batches_are_cut_repeated_and_filled_up():
-    """Samples as they come, over again; a batch between two steps ends in copies of its last sample."""
-    entry = subject({"batch": (1, 8)}).entries["forward"]
-    value = torch.tensor([1.0, 2.0, 3.0])
+def test_a_batch_between_two_rungs_is_filled_up_and_cut():
+    """With copies of its last sample, which the runtime computes in vain; beyond the last rung it is refused."""
+    given: list[tuple[str, list[float]]] = []
 
-    assert at_batch((value,), entry, 5)[0].tolist() == [1, 2, 3, 1, 2]
-    assert at_batch((value,), entry, 2)[0].tolist() == [1, 2]
-    assert filled_up(value, 5).tolist() == [1, 2, 3, 3, 3]
+    def graph(name, rung, inputs):
+        given.append((rung.name, inputs[0].tolist()))
+        return [inputs[0] + 1]
+
+    run = served(subject({"batch": (1, 8)}).entries["forward"], [Rung(1), Rung(4), Rung(8)], graph)
+
+    assert run([torch.tensor([1.0, 2.0, 3.0])])[0].tolist() == [2, 3, 4]
+    assert run([torch.tensor([5.0])])[0].tolist() == [6]
+    assert given == [("b4", [1, 2, 3, 3]), ("b1", [5])]
+    with pytest.raises(ServeError, match="a batch of 9, and the graphs serve at most 8"):
+        run([torch.zeros(9)])
+
+
+def decoder() -> Subject:
+    """A decoder's three entry points with one cache; nothing of it is on disk."""
+    tokens, dims = TensorSpec("tokens", "int64", ("batch", "length")), {"batch": (1, 2), "length": (2, 12)}
+    cache = TensorSpec("cache_0", "float32", ("batch", 12))
+    logits = TensorSpec("logits", "float32", ("batch", 5))
+    step = (TensorSpec("tokens", "int64", ("batch", 1)), TensorSpec("position", "int64", (1,)), cache)
+    forward = Entry(
+        inputs=(tokens,),
+        outputs=(TensorSpec("logits", "float32", ("batch", "length", 5)),),
+        dims={**dims, "length": (1, 6)},
+    )
+    prefill = Entry(name="prefill", inputs=(tokens,), outputs=(logits, cache), dims=dims)
+    decode = Entry(name="decode", inputs=step, outputs=(logits, cache), dims={"batch": (1, 2), "capacity": (12, 12)})
+    return replace(subject({}), entries={"forward": forward, "prefill": prefill, "decode": decode})
+
+
+def test_a_decoders_lengths_are_served_by_graphs_of_fixed_length():
+    """A prompt by the longest graph that is not longer, then position by position; forward by filling up."""
+    one, calls = decoder(), []
+
+    def graph(name, rung, inputs):
+        calls.append((name, rung.name, inputs[0].tolist()))
+        if name == "forward":
+            return [inputs[0][..., None].expand(*inputs[0].shape, 5).float()]
+        return [inputs[0][:, -1:].expand(-1, 5).float(), torch.zeros(rung.batch, 12)]
+
+    assert [rung.name for rung in rungs(one, "prefill")] == ["b1_l2", "b1_l8", "b2_l2", "b2_l8"]
+    assert [rung.name for rung in rungs(one, "forward")] == ["b1_l6", "b2_l6"]
+    assert [rung.name for rung in rungs(one, "decode")] == ["b1", "b2"]
+    assert all(Rung.parse(rung.name) == rung for name in one.entries for rung in rungs(one, name))
+    tokens = torch.tensor([[4, 5, 6, 7]])
+    logits, _ = served(one.entries["prefill"], rungs(one, "prefill"), graph)([tokens])
+    assert logits.tolist() == [[7] * 5]
+    assert calls == [("prefill", "b1_l2", [[4, 5]]), ("decode", "b1", [[6]]), ("decode", "b1", [[7]])]
+    (found,) = served(one.entries["forward"], rungs(one, "forward"), graph)([tokens])
+    assert found[..., 0].tolist() == [[4, 5, 6, 7]]
+
+
+def test_an_open_length_of_what_is_no_decoder_is_refused():
+    """It would need a graph for every length."""
+    one = subject({"batch": (1, 8), "length": (1, 64)})
+
+    assert unfit(one) == "its graphs have fixed sizes, and length is open in forward"
+    with pytest.raises(ValueError, match="fixed sizes"):
+        rungs(one, "forward")
+    assert not unfit(replace(one, closed={"length": 64}))
+
+
+@pytest.mark.parametrize("name", ["x4", "b", "b4_8", "b4_lx", ""])
+def test_names_of_no_rung(name: str):
+    """They come from a file."""
+    with pytest.raises(ValueError):  # noqa: PT011  its text differs
+        Rung.parse(name)
 
 
 class Masked(nn.Module):
@@ -122,8 +187,47 @@ def test_without_its_environment_a_backend_names_the_command(
     assert f"python -m plait.environments make {backend.name}" in backend.missing()
 
 
-@pytest.mark.parametrize("facts", [{}, {"parameters": 3}, {"parameters": {"forward-bx": []}}, {"parameters": {}}])
+@pytest.mark.parametrize(
+    "facts", [{}, {"parameters": 3}, {"parameters": {"forward-bx": []}}, {"parameters": {"forward-b1": 3}}]
+)
 def test_malformed_facts_of_a_tvm_artefact(facts: dict[str, object]):
     """They come from a file: refused, not trusted."""
     with pytest.raises(ServeError, match="tvm: "):
-        _order(facts, "forward")
+        _order(facts)
+
+
+@pytest.mark.parametrize("text", ["-1", "soon", "inf", "nan"])
+def test_seconds_of_tuning_are_a_number(text: str, monkeypatch: pytest.MonkeyPatch):
+    """Refused before anything is compiled."""
+    monkeypatch.setenv("PLAIT_TVM_SECONDS", text)
+    with pytest.raises(ServeError, match=f"PLAIT_TVM_SECONDS={text} is no number of seconds"):
+        _seconds()
+
+
+def made(name: str) -> None:
+    """Skip the test where the environment is not there."""
+    try:
+        find(name)
+    except RequestError as problem:
+        pytest.skip(f"{problem.message}: {problem.hint}")
+
+
+@pytest.mark.parametrize("name", ["litert", "tvm"])
+def test_exported_checked_and_loaded_in_its_own_environment(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Every batch up to the largest, moved weights too; the finished artefact loads without the export."""
+    made(name)
+    monkeypatch.setenv("PLAIT_TVM_SECONDS", "3")
+    torch.manual_seed(3)
+    report = plait.export(
+        Mlp(64).eval(), name, inputs=torch.randn(5, 16), output=tmp_path, batch=5, threads=1, seconds=0
+    )
+    row = report["rows"][0]
+
+    assert row["status"] == "ok", row
+    assert [one["sizes"]["batch"] for one in row["parity"]] == [2, 1, 5]
+    assert max(one["max_rel"] for one in (*row["parity"], *row.get("perturbed", ()))) <= 1e-5
+    assert row["serve_peak_bytes"] > 0
+    assert (tmp_path / name / "manifest.json").is_file()
+    if name == "tvm":
+        assert "kernels tuned by MetaSchedule" in row["facts"]["note"]
+        assert (tmp_path / name / "tuning" / "database_tuning_record.json").stat().st_size > 0

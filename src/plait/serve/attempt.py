@@ -34,11 +34,12 @@ def make(backend: Backend, subject: Subject, folder: Path, precision: str, threa
         Exception: what the first attempt met, if none works.
     """
     first: Exception | None = None
+    last: Exception | None = None
     for attempt in _attempts(subject):
         try:
             facts = _once(backend, attempt, folder, precision, threads, report)
         except Exception as problem:
-            first = first or problem
+            first, last = first or problem, problem
             _empty(folder)
             continue
         if attempt.closed:
@@ -49,6 +50,8 @@ def make(backend: Backend, subject: Subject, folder: Path, precision: str, threa
         report.set(facts=facts)
         return attempt
     assert first is not None
+    if last is not first and str(last) != str(first):
+        raise first from last  # that a size is open may be all that the first one says
     raise first
 
 

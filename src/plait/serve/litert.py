@@ -1,7 +1,7 @@
 """LiteRT, the successor of TensorFlow Lite, in an environment of its own (`python -m plait.environments make litert`).
 
-Its graphs have fixed sizes. So that one file serves every batch, it holds the graph at batch 1, 4, 16 ... and the largest, as
-signatures that share their weights; a batch between two of them is filled up with copies of its last sample.
+Its graphs have fixed sizes. So that one file serves every batch, it holds the graph of every rung of a ladder (`ladder`), as
+signatures that share their weights.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from plait.serve.backend import Artefact, Backend, Runner
-from plait.serve.ladder import at_batch, filled_up, ladder, sample_of
+from plait.serve.ladder import Rung, inputs_at, rungs, served, unfit
 from plait.serve.own_environment import interpreter_of, missing_in
 from plait.serve.subject import Subject
 
@@ -41,71 +41,60 @@ class LiteRt(Backend):
 
     def refusal(self, subject: Subject, precision: str) -> str:
         """What is known before anything is tried."""
-        lengths = sorted(
-            name for entry in subject.entries.values() for name in entry.dims if name not in {"batch", *subject.closed}
-        )
-        if lengths and len(subject.entries) > 1:
-            return f"LiteRT's sizes are fixed, and {', '.join(lengths)} is open in an entry point that needs it"
-        return super().refusal(subject, precision)
+        why = unfit(subject) if len(subject.entries) > 1 else ""
+        return f"litert: {why}" if why else super().refusal(subject, precision)
 
     def export(self, subject: Subject, folder: Path, precision: str) -> Mapping[str, Any]:
         """One file for each entry point, with a signature for each batch size of the ladder."""
         import litert_torch
         import torch
 
-        for name, entry in subject.entries.items():
-            lengths = [dim for dim in entry.dims if dim != "batch" and dim not in subject.closed]
-            if lengths:
-                raise ValueError(f"LiteRT's sizes are fixed: {', '.join(lengths)}")
+        for name in subject.entries:
             program = subject.program(name)
             options: dict[str, Any] = {}
             module: Any = program.module(check_guards=False)
             if precision == "int8":
                 module, options = _quantised(module, subject, name)
-            inputs = tuple(subject.inputs(sample_of(subject, entry), name))
             converter: Any = litert_torch
             with contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
-                for size in ladder(subject, entry):
-                    converter = converter.signature(f"b{size}", _Static(module), at_batch(inputs, entry, size))
+                for rung in rungs(subject, name):
+                    converter = converter.signature(rung.name, _Static(module), inputs_at(subject, name, rung))
                 converter.convert(**options).export(str(folder / f"{name}.tflite"))
         return {}
 
     def load(self, artefact: Artefact) -> Runner:
-        """A runner for each batch size of the ladder; inputs are cast to the types that the file has."""
+        """A runner for each rung of the ladder; inputs are cast to the types that the file has."""
         import torch
         from ai_edge_litert.interpreter import Interpreter
 
-        path = artefact.folder / f"{artefact.entry.name}.tflite"
-        interpreter = Interpreter(model_path=str(path), num_threads=artefact.threads)
-        steps = sorted(int(key.removeprefix("b")) for key in interpreter.get_signature_list())
-        runners: dict[int, Any] = {}
+        def interpreter(name: str) -> Any:
+            return Interpreter(model_path=str(artefact.folder / f"{name}.tflite"), num_threads=artefact.threads)
+
+        interpreters = {artefact.entry.name: interpreter(artefact.entry.name)}
+        runners: dict[tuple[str, Rung], Any] = {}
         wanted = [getattr(torch, spec.dtype) for spec in artefact.entry.outputs]
-        batched = [bool(spec.shape) and spec.shape[0] == "batch" for spec in artefact.entry.inputs]
-        open_outputs = [bool(spec.shape) and spec.shape[0] == "batch" for spec in artefact.entry.outputs]
 
-        def run(inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
-            sizes = [len(value) for value, is_batched in zip(inputs, batched, strict=True) if is_batched]
-            have = sizes[0] if sizes else steps[0]
-            size = next((step for step in steps if step >= have), None)
-            if size is None:
-                raise ValueError(f"a batch of {have}, and the file serves at most {steps[-1]}")
-            if size not in runners:
-                runners[size] = interpreter.get_signature_runner(f"b{size}")
-            runner = runners[size]
+        def graph(name: str, rung: Rung, inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+            if (name, rung) not in runners:
+                if name not in interpreters:
+                    interpreters[name] = interpreter(name)
+                runners[name, rung] = interpreters[name].get_signature_runner(rung.name)
+            runner = runners[name, rung]
             details = runner.get_input_details()
-            given = {}
-            for index, (value, is_batched) in enumerate(zip(inputs, batched, strict=True)):
-                filled = filled_up(value, size) if is_batched and len(value) < size else value
-                given[f"args_{index}"] = filled.detach().numpy().astype(details[f"args_{index}"]["dtype"], copy=False)
+            given = {
+                f"args_{index}": value.detach()
+                .contiguous()
+                .numpy()
+                .astype(details[f"args_{index}"]["dtype"], copy=False)
+                for index, value in enumerate(inputs)
+                if f"args_{index}" in details
+            }
             results = runner(**given)
-            outputs = []
-            for index, (dtype, is_open) in enumerate(zip(wanted, open_outputs, strict=True)):
-                # Copied: the interpreter writes its next outputs into the same memory.
-                output = torch.from_numpy(results[f"output_{index}"].copy()).to(dtype)
-                outputs.append(output[:have] if is_open and have < size else output)
-            return outputs
+            # Copied: the interpreter writes its next outputs into the same memory.
+            return [torch.from_numpy(results[f"output_{i}"].copy()).to(dtype) for i, dtype in enumerate(wanted)]
 
-        return run
+        steps = [Rung.parse(key) for key in interpreters[artefact.entry.name].get_signature_list()]
+        return served(artefact.entry, steps, graph)
 
 
 def _Static(module: Any) -> Any:  # noqa: N802  a class that needs torch to exist

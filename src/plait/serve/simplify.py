@@ -7,6 +7,7 @@ beyond what is said here.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -25,8 +26,12 @@ _COUNTING = (
 _LARGEST = 1 << 22  # elements of a constant that is worked out: 16 MiB in float32
 
 
-def simplified(program: torch.export.ExportedProgram, inputs: tuple[torch.Tensor, ...]) -> torch.export.ExportedProgram:
-    """The same program at the sizes of `inputs`, simplified and exported again."""
+def simplified(
+    program: torch.export.ExportedProgram,
+    inputs: tuple[torch.Tensor, ...],
+    spelled: Mapping[str, Callable[..., torch.Tensor]] | None = None,
+) -> torch.export.ExportedProgram:
+    """The same program at the sizes of `inputs`, simplified and exported again; operators of these names by these functions."""
     import torch
 
     with torch.no_grad():
@@ -38,6 +43,8 @@ def simplified(program: torch.export.ExportedProgram, inputs: tuple[torch.Tensor
                 _count(graph, node)
         _fold(fixed)
         graph.eliminate_dead_code()
+        for node in graph.nodes:
+            node.target = (spelled or {}).get(str(node.target), node.target)
         fixed.recompile()
         return torch.export.export(fixed, inputs, strict=False)
 

@@ -15,18 +15,22 @@ torch's own devices implement. Each is replaced in the exported program by a fun
     attention, reshaped                     torch's kernel lays its result out so that      a copy after it
                                             turning it back and reshaping copies nothing;
                                             what a runtime computes instead does not
+
+For a runtime that has no sorting (`SORTING`), which the others need not pay for:
+
+    aten.sort, aten.argsort                                                         each value's place is counted: n x n comparisons
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
 from plait.serve.casting import open_dims
 
-__all__ = ["counts", "differences", "grouped_product", "spelled"]
+__all__ = ["SORTING", "counts", "differences", "grouped_product", "sorted_by_counting", "spelled"]
 
 
 def grouped_product(rows: torch.Tensor, weights: torch.Tensor, ends: torch.Tensor, *_: Any) -> torch.Tensor:
@@ -75,6 +79,48 @@ def ones(like: torch.Tensor, size: Any, *, dtype: torch.dtype | None = None, **_
     return torch.full(size, 1, dtype=dtype or like.dtype)
 
 
+def sorted_by_counting(x: torch.Tensor, dim: int = -1, descending: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """aten.sort: values and indices, equal ones in the order they come, NaN as the largest."""
+    if x.dim() == 0:
+        return x.clone(), torch.zeros((), dtype=torch.int64, device=x.device)
+    rows = x.transpose(dim, -1)
+    place = torch.arange(rows.shape[-1], device=x.device)
+    mine, other = rows.unsqueeze(-1), rows.unsqueeze(-2)
+    if x.is_floating_point():
+        mine_nan, other_nan = torch.isnan(mine), torch.isnan(other)
+        less, more = (other < mine) | (mine_nan & ~other_nan), (other > mine) | (other_nan & ~mine_nan)
+        before = more if descending else less
+        same = (other == mine) | (mine_nan & other_nan)
+    else:
+        before, same = (other > mine) if descending else (other < mine), other == mine
+    ranks = (before | (same & (place[None, :] < place[:, None]))).to(torch.int64).sum(-1)
+    is_there = ranks.unsqueeze(-2) == place[:, None]
+    indices = torch.where(is_there, place, torch.zeros_like(place)).sum(-1)
+    return torch.gather(rows, -1, indices).transpose(dim, -1), indices.transpose(dim, -1)
+
+
+def _sort_stable(x: torch.Tensor, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    options.pop("stable", None)
+    return sorted_by_counting(x, **options)
+
+
+def _argsort(x: torch.Tensor, dim: int = -1, descending: bool = False) -> torch.Tensor:
+    return sorted_by_counting(x, dim, descending)[1]
+
+
+def _argsort_stable(x: torch.Tensor, **options: Any) -> torch.Tensor:
+    return _sort_stable(x, **options)[1]
+
+
+SORTING: Mapping[str, Callable[..., Any]] = {
+    "aten.sort.default": sorted_by_counting,
+    "aten.sort.stable": _sort_stable,
+    "aten.argsort.default": _argsort,
+    "aten.argsort.stable": _argsort_stable,
+}
+"""Operators of sorting by functions; for `spelled`."""
+
+
 def laid_out_attention(*arguments: Any, **options: Any) -> torch.Tensor:
     """Attention whose result lies in memory as its shape says."""
     found = torch.ops.aten.scaled_dot_product_attention.default(*arguments, **options)
@@ -93,10 +139,11 @@ _VIEWS = {torch.ops.aten.transpose.int, torch.ops.aten.permute.default}
 _RESHAPES = {torch.ops.aten.reshape.default, torch.ops.aten.view.default, torch.ops.aten.flatten.using_ints}
 
 
-def _spelling(node: torch.fx.Node) -> Callable[..., torch.Tensor] | None:
+def _spelling(node: torch.fx.Node, further: Mapping[str, Callable[..., Any]]) -> Callable[..., Any] | None:
     if str(node.target) == _ATTENTION:
         return laid_out_attention if _is_reshaped(node) else None
-    return _BY_NAME.get(str(node.target))
+    name = str(node.target)
+    return _BY_NAME.get(name) or further.get(name)
 
 
 def _is_reshaped(node: torch.fx.Node) -> bool:
@@ -104,8 +151,11 @@ def _is_reshaped(node: torch.fx.Node) -> bool:
     return any(user.target in _RESHAPES or (user.target in _VIEWS and _is_reshaped(user)) for user in node.users)
 
 
-def spelled(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
-    """The program without the operators above; the same one where it has none of them."""
+def spelled(
+    program: torch.export.ExportedProgram, further: Mapping[str, Callable[..., Any]] | None = None
+) -> torch.export.ExportedProgram:
+    """The program without the operators above and those of `further`; the same one where it has none of them."""
+    further = further or {}
     aten = torch.ops.aten
     # Operators that take the same arguments and give as much or more.
     swapped: dict[Any, Any] = {
@@ -118,11 +168,11 @@ def spelled(program: torch.export.ExportedProgram) -> torch.export.ExportedProgr
         if node.target in swapped:
             node.target = swapped[node.target]
     program.graph_module.recompile()
-    if not any(_spelling(node) for node in program.graph.nodes):
+    if not any(_spelling(node, further) for node in program.graph.nodes):
         return program
     module: Any = program.module(check_guards=False)
     for node in module.graph.nodes:
-        node.target = _spelling(node) or node.target
+        node.target = _spelling(node, further) or node.target
     module.recompile()
     inputs: Any = program.example_inputs
     with torch.no_grad():

@@ -1,38 +1,39 @@
 """Apache TVM (Relax), in an environment of its own (`python -m plait.environments make tvm`).
 
-    exported program ─▶ simplified ─▶ Relax ─▶ (tuned by MetaSchedule) ─▶ <entry>-b<batch>.so, one for each batch of a ladder
-                                                     └─ record kept in tuning/          weights once, in weights.safetensors
+    exported program ─▶ simplified ─▶ Relax, fused (`tvm_graph`) ─▶ tuned by MetaSchedule (`tvm_tuner`) ─▶ <entry>-b<batch>.so
+                                                     records in tuning/          weights once, in weights.safetensors
 
 Simplified is what TVM's importer gets wrong: sums over truth values, which torch promotes to whole numbers and TVM does not
-(the masks of recent decoders); and whatever depends on no input and no weight is worked out here.
+(the masks of recent decoders); and whatever depends on no input and no weight is worked out here. Sizes are fixed, so that there
+is a library for each rung of a ladder (`ladder`).
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from plait.errors import ServeError
+from plait.serve import tvm_graph
 from plait.serve.backend import Artefact, Backend, Runner
-from plait.serve.ladder import at_batch, filled_up, ladder, sample_of
+from plait.serve.ladder import Rung, inputs_at, rungs, served, unfit
 from plait.serve.own_environment import interpreter_of, missing_in
 from plait.serve.simplify import simplified
 from plait.serve.subject import Subject
+from plait.serve.tvm_tuner import Tuned, tune, without_intrinsics
 
 if TYPE_CHECKING:
     import torch
 
 __all__ = ["Tvm"]
 
-_TRIALS = 0
-"""Of all operators together, for each batch of the ladder. 0 leaves it untuned, which is slow; PLAIT_TVM_TRIALS=N tunes. Not the
-default, since on two busy cores no trial was measured within four minutes, and `plait export` has a limit."""
-_TRIALS_EACH = 8
+_SECONDS = 120.0
+"""For tuning all libraries of an export; PLAIT_TVM_SECONDS=N changes it, 0 leaves schedules as they are drawn, unmeasured."""
 
 
 class Tvm(Backend):
@@ -50,126 +51,100 @@ class Tvm(Backend):
         """The command that makes the environment."""
         return missing_in("tvm", self.imports)
 
+    def refusal(self, subject: Subject, precision: str) -> str:
+        """What is known before anything is tried."""
+        why = unfit(subject) if len(subject.entries) > 1 else ""
+        return f"tvm: {why}" if why else super().refusal(subject, precision)
+
     def export(self, subject: Subject, folder: Path, precision: str) -> Mapping[str, Any]:
         """A library for each entry point and batch, for this processor; tuned unless the weights are only moved ones."""
         del precision  # fp32 alone
+        without_intrinsics()
+        import torch
+        import tvm
+
+        threads = torch.get_num_threads()
+        described = tvm_graph.this_processor(threads)
+        target = tvm.target.Target(described)
+        steps = [(name, rung) for name in subject.entries for rung in rungs(subject, name)]
+        seconds = 0.0 if subject.moved else _seconds()
         weights: dict[str, torch.Tensor] = {}
         order: dict[str, list[str]] = {}
-        trials = 0 if subject.moved else int(os.environ.get("PLAIT_TVM_TRIALS", _TRIALS))
-        tuned = 0
-        for name, entry in subject.entries.items():
-            lengths = [dim for dim in entry.dims if dim != "batch" and dim not in subject.closed]
-            if lengths:
-                raise ValueError(f"tuned graphs have fixed sizes: {', '.join(lengths)}")
-            program = subject.program(name)
-            inputs = tuple(subject.inputs(sample_of(subject, entry), name))
-            for size in ladder(subject, entry):
-                module, parameters = _imported(simplified(program, at_batch(inputs, entry, size)))
-                order[f"{name}-b{size}"] = [_keep(weights, parameter) for parameter in parameters]
-                with _quiet():
-                    tuned += _compiled(module, folder / f"{name}-b{size}.so", folder / "tuning", trials)
+        laid_out: list[str] = []
+        tuned = Tuned()
+        record = folder / "tuning"
+        with tempfile.TemporaryDirectory(prefix="plait-tvm-") as text, tvm_graph.quiet():
+            for number, (name, rung) in enumerate(steps):
+                module, held = _module(subject, name, rung, target)
+                order[f"{name}-{rung.name}"] = [_keep(weights, value) for value in tvm_graph.arrays(held)]
+                tasks = tvm_graph.tasks_of(module, target)
+                if seconds > 0:
+                    share = (seconds - tuned.seconds) / (len(steps) - number)
+                    tuned += tune(tasks, described, record, Path(text), seconds=share, threads=threads)
+                tvm_graph.drawn(tasks, target, record)
+                if tvm_graph.library(module, target, record, folder / f"{name}-{rung.name}.so"):
+                    laid_out.append(f"{name}-{rung.name}")
         _save(weights, folder / "weights.safetensors")
-        note = (
-            f"{tuned} kernels tuned by MetaSchedule, {trials} trials a batch"
-            if trials
-            else "not tuned: PLAIT_TVM_TRIALS=N"
-        )
-        return {"parameters": order, "note": note}
+        return {"parameters": order, "laid_out": laid_out, "note": _note(tuned, threads)}
 
     def load(self, artefact: Artefact) -> Runner:
-        """A virtual machine for each batch of the ladder, made when it is first needed."""
+        """A virtual machine for each rung of the ladder, made when it is first needed."""
         import torch
         import tvm
         from safetensors.torch import load_file
         from tvm import relax
 
-        name, entry = artefact.entry.name, artefact.entry
-        order = _order(artefact.facts, name)
+        order = _order(artefact.facts)
         held = {
             key: tvm.runtime.tensor(value.numpy())
             for key, value in load_file(artefact.folder / "weights.safetensors").items()
         }
         tvm.get_global_func("runtime.config_threadpool")(1, artefact.threads)
-        machines: dict[int, Any] = {}
-        wanted = [getattr(torch, spec.dtype) for spec in entry.outputs]
-        batched, open_outputs = (
-            [bool(s.shape) and s.shape[0] == "batch" for s in side] for side in (entry.inputs, entry.outputs)
-        )
+        machines: dict[tuple[str, Rung], Any] = {}
+        wanted = [getattr(torch, spec.dtype) for spec in artefact.entry.outputs]
 
-        def run(inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
-            sizes = [len(value) for value, is_batched in zip(inputs, batched, strict=True) if is_batched]
-            have = sizes[0] if sizes else min(order)
-            size = next((step for step in sorted(order) if step >= have), None)
-            if size is None:
-                raise ValueError(f"a batch of {have}, and the libraries serve at most {max(order)}")
-            if size not in machines:
-                library = tvm.runtime.load_module(str(artefact.folder / f"{name}-b{size}.so"))
-                machines[size] = (relax.VirtualMachine(library, tvm.cpu())["main"], [held[key] for key in order[size]])
-            function, parameters = machines[size]
-            filled = [
-                filled_up(value, size) if is_batched and len(value) < size else value
-                for value, is_batched in zip(inputs, batched, strict=True)
-            ]
-            found = function(
-                *(tvm.runtime.tensor(value.detach().contiguous().numpy()) for value in filled), *parameters
-            )
+        def graph(name: str, rung: Rung, inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+            if (name, rung) not in machines:
+                library = tvm.runtime.load_module(str(artefact.folder / f"{name}-{rung.name}.so"))
+                machine = relax.VirtualMachine(library, tvm.cpu())
+                parameters = [held[key] for key in order[name][rung]]
+                if f"{name}-{rung.name}" in artefact.facts.get("laid_out", ()):
+                    parameters = list(machine[tvm_graph.PREPARE](parameters))
+                machines[name, rung] = machine["main"], parameters
+            function, parameters = machines[name, rung]
+            found = function(*(tvm.runtime.tensor(v.detach().contiguous().numpy()) for v in inputs), *parameters)
             outputs = [found] if hasattr(found, "numpy") else list(found)
-            tensors = [torch.from_numpy(o.numpy()).to(dtype) for o, dtype in zip(outputs, wanted, strict=True)]
-            return [
-                t[:have] if is_open and have < size else t for t, is_open in zip(tensors, open_outputs, strict=True)
-            ]
+            return [torch.from_numpy(o.numpy()).to(dtype) for o, dtype in zip(outputs, wanted, strict=True)]
 
-        return run
-
-
-def _imported(program: torch.export.ExportedProgram) -> tuple[Any, list[torch.Tensor]]:
-    """(Relax module whose main takes inputs, then parameters; the parameters)."""
-    import torch
-    from tvm.relax.frontend import detach_params
-    from tvm.relax.frontend.torch import from_exported_program
-
-    with _quiet():
-        module, parameters = detach_params(from_exported_program(program, keep_params_as_input=True))
-    return module, [torch.from_numpy(value.numpy()) for value in parameters.get("main", [])]
+        name = artefact.entry.name
+        if name not in order:
+            raise ServeError(f"tvm: the artefact has no library of {name}")
+        return served(artefact.entry, list(order[name]), graph)
 
 
-def _compiled(module: Any, library: Path, record: Path, trials: int) -> int:
-    """Write the library, tuned with so many trials, and give the number of kernels in the record."""
-    import tvm
-    from tvm import relax
-
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    cpu = tvm.get_global_func("target.llvm_get_system_cpu")()
-    target = tvm.target.Target({"kind": "llvm", "mcpu": cpu, "num-cores": cores})
-    if trials:
-        record.mkdir(exist_ok=True)
-        with target, tvm.transform.PassContext(opt_level=3):
-            module = relax.get_pipeline("zero")(module)
-            _tune(module, target, record, trials)
-            module = relax.transform.MetaScheduleApplyDatabase(str(record))(module)
-    tvm.compile(module, target=target).export_library(str(library))
-    lines = record / "database_tuning_record.json"
-    return sum(1 for _ in lines.open(encoding="utf-8")) if lines.is_file() else 0
+def _seconds() -> float:
+    """What is asked for tuning."""
+    text = os.environ.get("PLAIT_TVM_SECONDS", "")
+    try:
+        found = float(text or _SECONDS)
+    except ValueError:
+        found = -1.0
+    if not 0 <= found < float("inf"):
+        raise ServeError(f"PLAIT_TVM_SECONDS={text} is no number of seconds", hint="0 exports without tuning")
+    return found
 
 
-def _tune(module: Any, target: Any, record: Path, trials: int) -> None:
-    """Measure schedules of every kernel and keep them in the record.
+def _module(subject: Subject, name: str, rung: Rung, target: Any) -> tuple[Any, list[Any]]:
+    program = simplified(subject.program(name), inputs_at(subject, name, rung), tvm_graph.SPELLED)
+    return tvm_graph.lowered(*tvm_graph.imported(program), target)
 
-    Drawn at random from MetaSchedule's space, without its evolutionary search: that spends minutes a kernel on two cores before
-    the first measurement.
-    """
-    from tvm.s_tir.meta_schedule import relax_integration
 
-    relax_integration.tune_relax(
-        module,
-        {},
-        target,
-        str(record),
-        max_trials_global=trials,
-        max_trials_per_task=_TRIALS_EACH,
-        num_trials_per_iter=_TRIALS_EACH,
-        strategy="replay-trace",
-        cost_model="random",
+def _note(tuned: Tuned, threads: int) -> str:
+    if not tuned.trials:
+        return "not tuned: schedules as they are drawn"
+    return (
+        f"{tuned.kernels} kernels tuned by MetaSchedule for {threads} threads: {tuned.trials} schedules measured in "
+        f"{tuned.seconds:.0f} s"
     )
 
 
@@ -187,32 +162,13 @@ def _save(weights: Mapping[str, torch.Tensor], path: Path) -> None:
     save_file(dict(weights), path)
 
 
-def _order(facts: Mapping[str, Any], name: str) -> dict[int, list[str]]:
-    """Batch -> keys of the parameters, checked: it comes from a file."""
+def _order(facts: Mapping[str, Any]) -> dict[str, dict[Rung, list[str]]]:
+    """Entry point -> rung -> keys of the parameters, checked: it comes from a file."""
+    found: dict[str, dict[Rung, list[str]]] = {}
     try:
-        found = {}
         for key, value in facts["parameters"].items():
-            entry, _, size = str(key).rpartition("-b")
-            if entry == name:
-                found[int(size)] = [str(item) for item in value]
+            entry, _, rung = str(key).rpartition("-")
+            found.setdefault(entry, {})[Rung.parse(rung)] = [str(item) for item in value]
     except (KeyError, AttributeError, TypeError, ValueError) as problem:
         raise ServeError(f"tvm: the manifest's facts are malformed ({json.dumps(str(problem))})") from None
-    if not found:
-        raise ServeError(f"tvm: the artefact has no library of {name}")
     return found
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """TVM's notes on every pass and trial stay out of the log."""
-    import logging
-    import warnings
-
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)

@@ -1,0 +1,172 @@
+"""An exported program as a Relax module, made ready for fast kernels.
+
+imported ─▶ what depends on weights alone worked out now (weights turned, batch norms folded together) ─▶ operators lowered, fused
+         ─▶ scheduled: by the record of a tuning, or by one draw from MetaSchedule's space ─▶ weights laid out as the schedules want
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = [
+    "PREPARE",
+    "SPELLED",
+    "arrays",
+    "drawn",
+    "imported",
+    "library",
+    "lowered",
+    "quiet",
+    "tasks_of",
+    "this_processor",
+]
+
+PREPARE = "main_transform_params"
+"""The library's function that lays weights out as its kernels want them; absent where they want them as they are."""
+
+
+def _gelu(x: torch.Tensor, *, approximate: str = "none") -> torch.Tensor:
+    import torch
+
+    if approximate == "tanh":
+        return 0.5 * x * (1 + torch.tanh(0.7978845608028654 * (x + 0.044715 * x * x * x)))
+    return 0.5 * x * (1 + torch.erf(x * 0.7071067811865476))
+
+
+def _sigmoid(x: torch.Tensor) -> torch.Tensor:
+    import torch
+
+    return 1 / (1 + torch.exp(-x))
+
+
+def _silu(x: torch.Tensor) -> torch.Tensor:
+    return x * _sigmoid(x)
+
+
+SPELLED = {"aten.gelu.default": _gelu, "aten.sigmoid.default": _sigmoid, "aten.silu.default": _silu}
+"""Operators by what TVM computes in vectors: by their own names they call the C library for every number."""
+
+
+def this_processor(threads: int) -> dict[str, Any]:
+    """TVM's target for this machine."""
+    import tvm
+
+    return {"kind": "llvm", "mcpu": tvm.get_global_func("target.llvm_get_system_cpu")(), "num-cores": threads}
+
+
+def imported(program: torch.export.ExportedProgram) -> tuple[Any, list[Any]]:
+    """(Relax module whose main takes inputs, then weights; the weights)."""
+    from tvm.relax.frontend import detach_params
+    from tvm.relax.frontend.torch import from_exported_program
+
+    module, parameters = detach_params(from_exported_program(program, keep_params_as_input=True))
+    return module, list(parameters.get("main", []))
+
+
+def lowered(module: Any, weights: Sequence[Any], target: Any) -> tuple[Any, list[Any]]:
+    """(module of fused loops without schedules, the weights it takes)."""
+    import tvm
+    from tvm import relax
+
+    transform = relax.transform
+    images = {"relax.nn.conv2d": ["NHWC", "OHWI"]}  # loops over channels innermost: these become vectors
+    with target, tvm.transform.PassContext(opt_level=3):
+        before = [
+            transform.DecomposeOpsForInference(),
+            transform.CanonicalizeBindings(),
+            transform.ConvertLayout(images),
+            transform.LiftTransformParams(),
+        ]
+        module = tvm.transform.Sequential(before)(module)
+        names = [variable.name_hint for variable in module.get_global_vars()]
+        if PREPARE in names:
+            once = tvm.compile(tvm.IRModule({PREPARE: module[PREPARE]}), target=target)
+            weights = list(relax.VirtualMachine(once, tvm.cpu())[PREPARE](list(weights)))
+            module = tvm.IRModule({"main": module["main"]})
+        after = [
+            transform.FastMathTransform(),  # exp, erf, tanh by polynomials: 1e-6 at most, by comparison with numpy's
+            relax.get_pipeline("zero"),
+            transform.AttachAttrLayoutFreeBuffers(),
+        ]
+        return tvm.transform.Sequential(after)(module), list(weights)
+
+
+def tasks_of(module: Any, target: Any) -> list[Any]:
+    """The different kernels, each with the number of its calls as `weight`."""
+    from tvm.s_tir.meta_schedule import relax_integration
+
+    return list(relax_integration.extract_tasks(module, target))
+
+
+def drawn(tasks: Sequence[Any], target: Any, record: Path) -> None:
+    """Add to the record, for each kernel that has none, one schedule drawn from MetaSchedule's space, not measured."""
+    from tvm.s_tir import meta_schedule as ms
+
+    record.mkdir(exist_ok=True)
+    database = ms.database.JSONDatabase(work_dir=str(record))
+    for number, task in enumerate(tasks):
+        kernel = task.dispatched[0]
+        if database.has_workload(kernel) and database.get_top_k(database.commit_workload(kernel), 1):
+            continue
+        space = ms.space_generator.PostOrderApply(sch_rules="llvm", postprocs="llvm", mutator_probs="llvm")
+        context = ms.TuneContext(
+            mod=kernel,
+            target=target,
+            space_generator=space,
+            search_strategy="replay-trace",
+            num_threads=1,
+            rand_state=number + 1,
+        )
+        designs = context.generate_design_space()
+        context.pre_tuning(1, 1, designs, database, ms.cost_model.RandomModel())
+        for candidate in (context.generate_measure_candidates() or [])[:1]:
+            workload = database.commit_workload(kernel)
+            held = ms.database.TuningRecord(candidate.sch.trace, workload, [1e9], target, candidate.args_info)
+            database.commit_tuning_record(held)
+
+
+def library(module: Any, target: Any, record: Path, path: Path) -> bool:
+    """Write the library of a lowered module with the best schedules of the record; whether it has the function `PREPARE`."""
+    import tvm
+    from tvm import relax
+
+    transform = relax.transform
+    with target, tvm.transform.PassContext(opt_level=3):
+        after = [
+            transform.MetaScheduleApplyDatabase(str(record)),
+            transform.SplitLayoutRewritePreproc(),
+            transform.LiftTransformParams(),
+            transform.FoldConstant(),
+        ]
+        module = tvm.transform.Sequential(after)(module)
+        tvm.compile(module, target=target).export_library(str(path))
+    return PREPARE in [variable.name_hint for variable in module.get_global_vars()]
+
+
+def arrays(weights: Sequence[Any]) -> list[torch.Tensor]:
+    """TVM's tensors as torch's."""
+    import torch
+
+    return [torch.from_numpy(weight.numpy()) for weight in weights]
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """TVM's notes on every pass and trial stay out of the log."""
+    import logging
+    import warnings
+
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
