@@ -157,7 +157,6 @@ def test_this_computer_is_the_answer_to_a_small_model():
         ({"tokens": 1e300}, "no offer finishes"),
         ({"precision": "int8"}, "--precision int8 and --task train clash"),
         ({"precision": "bf15"}, "--precision 'bf15' is not one of"),
-        ({"precision": "fp8", "only": ("A100-SXM-80GB",)}, "no source states its fp8 rate"),
         ({"require": ("region=",)}, "names no region"),
         ({"require": ("region=mars",)}, "'mars' is no region"),
         ({"require": ("jurisdiction=us-east-1",)}, "'us-east-1' is no jurisdiction"),
@@ -173,6 +172,15 @@ def test_what_cannot_be_met_says_why_and_what_is_nearest(needs, says):
     assert says in caught.value.message
     assert caught.value.hint
     assert caught.value.exit_status == 2
+
+
+def test_a_precision_that_no_part_on_offer_has_is_named():
+    """It is a need like others."""
+    ampere = offer("NVIDIA A100 SXM4 80GB", 12.0, name="p4de")
+    with pytest.raises(RequestError, match="no offer meets --precision fp8"):
+        ask(ampere, precision="fp8")
+    with pytest.raises(RequestError, match="--precision fp8 and --only clash: NVIDIA A100"):
+        ask(ampere, offer(), precision="fp8", only=("A100-SXM-80GB",))
 
 
 def test_budget_and_deadline_that_clash_name_both_ways_out():

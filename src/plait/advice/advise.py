@@ -13,7 +13,7 @@ from __future__ import annotations
 import datetime
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from plait.advice.answer import Answer, local_answer
@@ -111,7 +111,10 @@ def advise(
     work = work_of(graph, needs, own_batch)
     counted = count_work(graph)
     offers = load_offers() if offers is None else offers
-    filtered = remaining(offers, needs, lambda name: cannot_train(name, counted, needs))
+    free = replace(needs, precision="", any_plan=needs.any_plan or bool(needs.precision))
+    filtered = remaining(
+        offers, needs, lambda name: cannot_train(name, counted, free), lambda name: cannot_train(name, counted, needs)
+    )
     candidates = _candidates(filtered.offers, offers, graph, needs, work, counted)
     hunt = Hunt(graph, needs, work, counted, keep, began + seconds, seconds, today)
     notes: list[str] = []

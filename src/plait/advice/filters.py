@@ -44,8 +44,15 @@ class Filtered:
     excluded: tuple[Exclusion, ...]
 
 
-def remaining(offers: Sequence[Offer], needs: Needs, refusal: Callable[[str], str]) -> Filtered:
-    """The offers that can be among the answers; `refusal` says why a part cannot, '' where it can.
+def remaining(
+    offers: Sequence[Offer],
+    needs: Needs,
+    refusal: Callable[[str], str],
+    asked: Callable[[str], str] = lambda _: "",
+) -> Filtered:
+    """The offers that can be among the answers.
+
+    `refusal` says why a part cannot, '' where it can; `asked` the same of the precision that was asked for.
 
     Raises:
         RequestError: a cloud is not known, or no offer meets all needs; the message says which needs clash.
@@ -60,6 +67,9 @@ def remaining(offers: Sequence[Offer], needs: Needs, refusal: Callable[[str], st
     if needs.task != "serve":
         checks["offer"] = lambda o: "Inference Endpoints serve models, they do not train" if _is_endpoint(o) else ""
         checks["slice"] = lambda o: "" if o.count >= 1 else "a slice of an accelerator cannot be joined to others"
+    if needs.precision:
+        in_precision = {name: asked(name) for name in unable}
+        checks[f"--precision {needs.precision}"] = lambda o: in_precision[o.accelerator]
     if needs.clouds:
         clouds = {cloud.lower() for cloud in needs.clouds}
         checks["--clouds"] = lambda o: "" if o.cloud in clouds else "not one of the clouds asked for"
@@ -88,7 +98,7 @@ def remaining(offers: Sequence[Offer], needs: Needs, refusal: Callable[[str], st
         for (need, reason), count in counts.most_common()
     )
     if not kept:
-        raise _clash(offers, checks, _of_parts(needs, offers, refusal), needs.task)
+        raise _clash(offers, checks, _of_parts(needs, offers, lambda name: refusal(name) or asked(name)), needs.task)
     return Filtered(tuple(kept), excluded)
 
 

@@ -115,18 +115,17 @@ def advise_serving(
         served = replace(served, cached=0.0, cross_cached=0.0)
     decodes = served.decodes and work.load.output_tokens > 0
     offers = load_offers() if offers is None else offers
-    chosen = {
-        name: choose_runtime(
-            part,
-            decodes=decodes,
-            precision=needs.precision,
-            attends=served.attention_flops > 0,
-            crosses=served.encoder is not None and decodes,
-        )
-        for name, part in load_accelerators().items()
-    }
-    filtered = remaining(offers, needs, lambda name: chosen[name][1] or _unknown(name))
-    choices: dict[str, Choice] = {name: choice for name, (choice, _) in chosen.items() if choice is not None}
+    kinds = {"attends": served.attention_flops > 0, "crosses": served.encoder is not None and decodes}
+
+    def chosen(precision: str) -> dict[str, tuple[Choice | None, str]]:
+        parts = load_accelerators().items()
+        return {n: choose_runtime(part, decodes=decodes, precision=precision, **kinds) for n, part in parts}
+
+    at, free = chosen(needs.precision), chosen("")
+    # A part that states no rate but the one asked for is refused by neither.
+    refused = {name: "" if at[name][0] else free[name][1] for name in at}
+    filtered = remaining(offers, needs, lambda name: refused[name] or _unknown(name), lambda name: at[name][1])
+    choices: dict[str, Choice] = {name: choice for name, (choice, _) in at.items() if choice is not None}
     failed: list[tuple[str, str]] = []
     heads = facts_of(graph).heads
     joins = is_encrypted_between if "encrypted-network" in needs.require else lambda _: True
