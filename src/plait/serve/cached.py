@@ -26,7 +26,7 @@ import torch
 from torch import fx, nn
 
 from plait.serve.needs import Need, need
-from plait.serve.positions import ALL, EXACT, FLAT, Path, Positions, View, arguments_of, kind_of, leaves
+from plait.serve.positions import ALL, EXACT, FLAT, Path, Positions, View, arguments_of, kind_of, leaves, size_of
 
 __all__ = ["CacheSpec", "Derived", "derive"]
 
@@ -203,12 +203,16 @@ class _Decode:
         args: list[Any] = [list(a) if isinstance(a, list | tuple) else a for a in node.args]
         kwargs: dict[str, Any] = {k: list(a) if isinstance(a, list | tuple) else a for k, a in node.kwargs.items()}
         for path, leaf in leaves(node):
+            holder: Any = args if isinstance(path[0], int) else kwargs
+            *outer, last = path
+            for key in outer:
+                holder = holder[key]
             if isinstance(leaf, fx.Node):
-                holder: Any = args if isinstance(path[0], int) else kwargs
-                *outer, last = path
-                for key in outer:
-                    holder = holder[key]
                 holder[last] = self._argument(path, leaf, found)
+            elif leaf == -1 and len(path) == 2 and kind_of(node) in ("view", "reshape", "_unsafe_view"):
+                # OpenVINO works a size that is left to it out wrongly where the dims after it hold one position.
+                size = size_of(node.meta["val"].shape[path[1]])
+                holder[last] = size if isinstance(size, int) else leaf
         new = self.graph.create_node(node.op, node.target, tuple(args), kwargs)
         new.meta.update({k: v for k, v in node.meta.items() if k != "val"})
         return new

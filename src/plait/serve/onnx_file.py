@@ -8,7 +8,7 @@ from typing import Any
 
 from plait.errors import ServeError
 
-__all__ = ["check_onnx"]
+__all__ = ["check_onnx", "tensors_of"]
 
 
 def check_onnx(path: Path) -> Any:
@@ -35,7 +35,7 @@ def check_onnx(path: Path) -> Any:
                 f"{path}: it needs opset {opset.version}, the installed onnx {onnx.__version__} knows up to {newest}",
                 hint="install a newer onnx and onnxruntime, or export the file with an older opset",
             )
-    for tensor in _tensors(model):
+    for tensor in tensors_of(model):
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
             _check_location(path, tensor)
     return model
@@ -54,9 +54,15 @@ def _check_location(path: Path, tensor: Any) -> None:
         )
     if not file.is_file():
         raise ServeError(f"{path}: the data of {tensor.name!r}, {location!r}, is not beside it")
+    places = {item.key: item.value for item in tensor.external_data if item.key in ("offset", "length")}
+    if not all(value.isdecimal() for value in places.values()) or sum(map(int, places.values())) > file.stat().st_size:
+        raise ServeError(
+            f"{path}: the data of {tensor.name!r} would lie behind the end of {location!r}, or at no place of it"
+        )
 
 
-def _tensors(model: Any) -> Iterator[Any]:
+def tensors_of(model: Any) -> Iterator[Any]:
+    """Every tensor that a model holds: weights and constants, those of functions and inner graphs, too."""
     yield from _of_graph(model.graph)
     for function in model.functions:
         yield from _of_nodes(function.node)

@@ -21,7 +21,7 @@ _PROTOBUF_LIMIT = 1_900_000_000  # bytes; a protobuf message ends at 2 GiB, larg
 
 
 class OnnxRuntime(Backend):
-    """`<entry>.onnx`, with its weights inside."""
+    """`<entry>.onnx`, with its weights inside; those of several entry points once, in `weights.data`."""
 
     name = "onnxruntime"
     extra = "onnx"
@@ -60,6 +60,10 @@ class OnnxRuntime(Backend):
             (_quantise if precision == "int8" else _compress)(whole, path)
             for part in folder.glob(f"{name}.fp32.*"):
                 part.unlink()
+        if len(subject.entries) > 1:
+            from plait.serve.onnx_weights import share_weights
+
+            share_weights(folder / f"{name}.onnx" for name in subject.entries)
         return {"opset": opset}
 
     def load(self, artefact: Artefact) -> Runner:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from plait.serve.backend import Artefact, Backend, Runner
+from plait.serve.openvino_weights import WEIGHTS, share_weights
 from plait.serve.subject import Subject
 
 if TYPE_CHECKING:
@@ -21,7 +23,7 @@ _GROUPS = {"int8": 32, "int8-weight": 0}
 
 
 class OpenVino(Backend):
-    """`<entry>.xml` and `<entry>.bin`."""
+    """`<entry>.xml` and `<entry>.bin`; of several entry points the weights are once, in `weights.bin`."""
 
     name = "openvino"
     extra = "openvino"
@@ -50,12 +52,16 @@ class OpenVino(Backend):
         from plait.serve.openvino_int8 import compress
 
         for name, entry in subject.entries.items():
-            model = openvino.convert_model(subject.program(name))
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of torch, about its own use of pytrees
+                model = openvino.convert_model(subject.program(name))
             if precision.startswith("int8") and not compress(model):
                 raise ValueError("it has no matrix multiplication with weights, which is what int8 is for here")
             for port, spec in zip(model.inputs, entry.inputs, strict=True):
                 port.get_tensor().set_names({spec.name})
             openvino.save_model(model, folder / f"{name}.xml", compress_to_fp16=precision == "fp16")
+        if len(subject.entries) > 1:
+            share_weights(folder / f"{name}.xml" for name in subject.entries)
         return {"note": "weights are kept in fp16 and multiplied in fp32"} if precision == "fp16" else {}
 
     def load(self, artefact: Artefact) -> Runner:
@@ -79,7 +85,9 @@ class OpenVino(Backend):
         if "streams" in knobs:
             config["NUM_STREAMS"] = int(knobs["streams"])
         core = openvino.Core()
-        compiled = core.compile_model(core.read_model(artefact.folder / f"{artefact.entry.name}.xml"), "CPU", config)
+        path, shared = artefact.folder / f"{artefact.entry.name}.xml", artefact.folder / WEIGHTS
+        read = core.read_model(path, shared) if shared.is_file() else core.read_model(path)
+        compiled = core.compile_model(read, "CPU", config)
         request = compiled.create_infer_request()
         wanted = [getattr(torch, spec.dtype) for spec in artefact.entry.outputs]
         places = range(len(compiled.outputs))
