@@ -235,6 +235,23 @@ def test_the_first_answer_can_be_launched():
     assert any("CUDA 12.6" in reason for reason in plain.compatibility.reasons)
 
 
+def test_expert_parallelism_is_planned_and_said():
+    """Plait's runtime executes none; --runnable leaves it out and costs more."""
+    sparse = build_graph(Architecture(name="sparse", layers=4, hidden=1024, ffn_hidden=4096, heads=16, kv_heads=16, head_dim=64,
+                                      vocab=16384, seq_len=512, experts=64, topk=2, expert_ffn=4096))  # fmt: skip
+    sellers = (offer("NVIDIA A100 SXM4 40GB", cloud="vast", name="8x"),)
+    usual = advise(sparse, Needs(tokens=1e10), offers=sellers, today=TODAY)
+    strict = advise(sparse, Needs(tokens=1e10, runnable_only=True), offers=sellers, today=TODAY).answers[0]
+
+    assert usual.answers[0].estimate.plan.ep > 1
+    assert "--runnable leaves such plans out" in paragraph(usual)
+    assert strict.estimate.plan.ep == 1
+    assert not strict.not_executable
+    assert strict.hours > usual.answers[0].hours
+    with pytest.raises(RequestError, match="--any-plan and --runnable clash"):
+        Needs(any_plan=True, runnable_only=True)
+
+
 def test_precisions_that_are_asked_for():
     """tf32 is fp32 at the tensor cores' rate; fp8 is faster than bf16, which is faster than tf32 and fp32."""
     hours = {p: ask(offer(), precision=p).answers[0].hours for p in ("fp32", "tf32", "bf16", "fp8")}

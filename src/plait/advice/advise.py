@@ -111,7 +111,7 @@ def advise(
     work = work_of(graph, needs, own_batch)
     counted = count_work(graph)
     offers = load_offers() if offers is None else offers
-    free = replace(needs, precision="", any_plan=needs.any_plan or bool(needs.precision))
+    free = replace(needs, precision="", any_plan=bool(needs.precision) or needs.any_plan, runnable_only=False)
     filtered = remaining(
         offers, needs, lambda name: cannot_train(name, counted, free), lambda name: cannot_train(name, counted, needs)
     )
@@ -216,7 +216,7 @@ def _here(
             notes.append(f"this computer's CPU would need more than {hours:,.0f} hours")
             return None
         found = search(
-            graph, local, batch=work.batch, top=1, space=few_plans(graph, local.devices, runnable=True)
+            graph, local, batch=work.batch, top=1, space=few_plans(graph, local.devices, runnable=True, experts=False)
         ).estimate
     except (HardwareError, PlanError) as problem:
         notes.append(f"this computer: {problem.message.splitlines()[0]}")

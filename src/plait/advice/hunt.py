@@ -30,11 +30,12 @@ _USUAL = 1.5
 """Found over bound before anything of a part is known: orders what is looked at first, decides nothing."""
 
 
-def few_plans(graph: Graph, count: int, *, runnable: bool = False) -> Space:
+def few_plans(graph: Graph, count: int, *, runnable: bool = False, experts: bool = True) -> Space:
     """The plans that are looked at: fewer than `plait plan` does, which costs up to 6 % of a step and saves most of the time.
 
-    `runnable`: those that plait's runtime executes. Otherwise tensor parallelism above 16 devices comes with sequence
-    parallelism. Runnable plans cost 1 % more on 70 billion parameters, 9 % on 405, 8 % on Mixtral (2026-11-24).
+    `runnable`: those that plait's runtime executes, and expert parallelism where `experts` says so: it executes none, but
+    hundreds of experts without it cost five times as much. Otherwise tensor parallelism above 16 devices comes with sequence
+    parallelism, which saves 1 % on 70 billion parameters and 9 % on 405 (2026-11-24).
 
     Measured on 70 and 405 billion parameters (512 and 2,048 H100, 2026-11-24): the same step, and 5.7 % more, in an
     eighth and a fifteenth of the time.
@@ -50,7 +51,7 @@ def few_plans(graph: Graph, count: int, *, runnable: bool = False) -> Space:
         interleave=(2,),
         mixed=False,
         sequence_parallel=("no",) if small or runnable else ("yes",),
-        executable=runnable,
+        executable=runnable and not experts,
     )
 
 
@@ -177,7 +178,9 @@ class Hunt:
                 batch=self.work.batch,
                 precision=c.precision,
                 top=1,
-                space=few_plans(self.graph, c.shape.count, runnable=self.needs.runnable),
+                space=few_plans(
+                    self.graph, c.shape.count, runnable=self.needs.runnable, experts=not self.needs.runnable_only
+                ),
             ).estimate
             told = compatibility(c.shape.part, self.counted, c.precision, c.why, self.needs.precision)
         except (HardwareError, PlanError) as problem:

@@ -94,6 +94,8 @@ class Needs(Record):
     """Empty: bf16 where a part has it (training), not quantised (serving)."""
     any_plan: bool = False
     """Training: also plans that plait's own runtime does not execute."""
+    runnable_only: bool = False
+    """Training: not even expert parallelism, which is planned and not run."""
 
     def __post_init__(self) -> None:
         if self.task not in TASKS:
@@ -103,6 +105,13 @@ class Needs(Record):
                 hint=f"nearest: {near[0]}" if near else "train is the default",
             )
         self._check_task()
+        if self.any_plan and self.runnable_only:
+            raise RequestError("--any-plan and --runnable clash: each excludes the other", hint="drop one of the two")
+        if self.runnable_only and self.precision in ("fp16", "fp8"):
+            raise RequestError(
+                f"--precision {self.precision} and --runnable clash: plait's runtime trains in bf16 and fp32",
+                hint="drop one of the two",
+            )
         if self.minimize not in ("usd", "time"):
             raise RequestError(f"--minimize {self.minimize!r} is not one of usd, time", hint="usd is the default")
         for name in ("tokens", "batch", "budget", "deadline", "checkpoint_minutes", "latency_ms", "first_token_ms", "throughput",
@@ -174,7 +183,7 @@ class Needs(Record):
 
     @property
     def runnable(self) -> bool:
-        """Whether only plans count that plait's own runtime executes; it has neither fp16 nor fp8."""
+        """Whether only plans count that plait's own runtime executes (expert parallelism apart); it has neither fp16 nor fp8."""
         return not self.any_plan and self.precision not in ("fp16", "fp8")
 
     def wanted(self) -> frozenset[str]:

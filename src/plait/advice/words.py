@@ -36,6 +36,11 @@ def paragraph(advice: Advice) -> str:
         said.append(why[0].upper() + why[1:])
         if first.count != first.estimate.plan.devices:
             said.append(f"Its plan uses {first.estimate.plan.devices} of the {first.count}")
+        if first.not_executable:
+            said.append(
+                f"Plait's own runtime does not execute this plan ({'; '.join(first.not_executable)}): --runnable leaves such "
+                "plans out"
+            )
         if not spot and first.spot is not None and first.spot.usd < price.usd:
             said.append(
                 f"On spot machines it would be ${first.spot.usd:,.2f} and {length(first.spot.hours)}, "

@@ -77,7 +77,13 @@ def advise(
     ] = "",
     any_plan: Annotated[
         bool,
-        typer.Option("--any-plan", help="Training: also plans that other trainers run, and plait's own does not yet."),
+        typer.Option(
+            "--any-plan", help="Training: also fp16, sequence and context parallelism, which plait itself does not run."
+        ),
+    ] = False,
+    runnable: Annotated[
+        bool,
+        typer.Option("--runnable", help="Training: no expert parallelism either, which plait itself does not run."),
     ] = False,
     budget: Annotated[str | None, typer.Option("--budget", metavar="USD", show_default=False)] = None,
     deadline: Annotated[str | None, typer.Option("--deadline", metavar="HOURS", show_default=False)] = None,
@@ -164,6 +170,7 @@ def advise(
             output_tokens=output_tokens,
             precision=precision,
             any_plan=any_plan,
+            runnable_only=runnable,
         )
         graph, own = graph_of(target)
         local = this_computer(graph)
