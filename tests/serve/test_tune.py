@@ -7,6 +7,7 @@ import os
 import random
 import stat
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -214,6 +215,31 @@ def test_tuning_keeps_to_the_threads_that_were_asked_for(exported: Any) -> None:
 
 
 @pytest.mark.multi
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_trial_stands_still_when_it_is_not_its_turn(exported: Any) -> None:
+    """Idle threads that spin would take the cores of the one whose turn it is; it ends all the same."""
+    out, *_ = exported
+    one = Configuration.from_dict({**_configuration(1, str(out / "torch")), "wait": "ACTIVE"})
+    trial = Trial(one, interpreter=sys.executable, openmp=True, limit=60)
+
+    def stands_still() -> bool:
+        for _ in range(100):
+            text = Path(f"/proc/{trial._process.pid}/stat").read_text()
+            if text.rpartition(")")[2].split()[0] == "T":
+                return True
+            time.sleep(0.02)
+        return False
+
+    assert trial.is_ready(), trial.error
+    assert stands_still()
+    trial.measure(slow=False)
+    assert len(trial.seconds) == 5
+    assert stands_still()
+    trial.close()
+    assert trial._process.returncode is not None
+
+
+@pytest.mark.multi
 def test_a_record_repeats_bit_for_bit(exported: Any) -> None:
     """The very settings, without a measurement: equal outputs, and the same report."""
     out, model, inputs, report = exported
@@ -266,6 +292,7 @@ def test_what_cannot_be_tuned(exported: Any) -> None:
         ({"threads": []}, "does not fit"),
         ({"seconds": 0}, "--tune-seconds"),
         ({"seconds": float("nan")}, "--tune-seconds"),
+        ({"seconds": float("inf")}, "--tune-seconds"),
         ({"batch": (1, 2)}, "latency is of one batch"),
     ):
         with pytest.raises(ServeError, match=words):

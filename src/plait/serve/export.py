@@ -167,10 +167,12 @@ def _tuning_checked(seconds: float, record: str | os.PathLike[str] | None, threa
 
         found = Record.read(Path(record))
         return found.identities[found.best.artefact]
-    if seconds and threads is not None:
-        from plait.serve.tune import check_threads
+    if seconds:
+        from plait.serve.tune import check_seconds, check_threads
 
-        check_threads(threads)
+        check_seconds(seconds)
+        if threads is not None:
+            check_threads(threads)
     return None
 
 

@@ -75,6 +75,10 @@ def _tuned(console: Console, tuned: Mapping[str, Any]) -> None:
     elif tuned["default_ms"] is not None:
         gain += f", {tuned['ratio']:.2f} of the default settings' in turns ({tuned['default_ms']:.3g} ms)"
     console.print(f"\ntuned ({how}): {tuned['folder']} with {' '.join(parts)}: {gain}", highlight=False, soft_wrap=True)
+    if tuned["interpreter"] != sys.executable:
+        console.print(
+            f"  its runtime is in an environment of its own: {tuned['interpreter']}", highlight=False, soft_wrap=True
+        )
     if tuned["warning"]:
         console.print(f"  {tuned['warning']}", highlight=False, soft_wrap=True)
     for text in tuned.get("left_out", ()):

@@ -10,6 +10,7 @@ batch (for throughput), OpenMP's waiting where the runtime's threads are OpenMP'
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import sys
@@ -25,7 +26,7 @@ from plait.serve.registry import backend_at, backends
 from plait.serve.tune_record import Configuration, Record, machine
 from plait.serve.tune_search import Runtime, Search, Space
 
-__all__ = ["check_threads", "fits", "identity", "load_tuned", "tune"]
+__all__ = ["check_seconds", "check_threads", "fits", "identity", "load_tuned", "tune"]
 
 
 def tune(
@@ -48,8 +49,7 @@ def tune(
         ServeError: no artefact, one that cannot be loaded here, of another model, or a batch that one does not serve.
     """
     sizes = (batch,) if isinstance(batch, int) else tuple(dict.fromkeys(batch))
-    if not seconds > 0:
-        raise ServeError(f"tune: --tune-seconds {seconds:g} must be more than 0")
+    check_seconds(seconds)
     if goal == "latency" and len(sizes) > 1:
         raise ServeError("tune: latency is of one batch size", hint="tune for throughput, or give one --batch")
     space = _space([Path(a) for a in artefacts], sizes, threads, tell)
@@ -137,6 +137,16 @@ def _check_knobs(best: Configuration, manifest: Manifest, where: str | os.PathLi
 
 def _cores() -> list[int]:
     return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+
+
+def check_seconds(seconds: float) -> None:
+    """Refuse a budget that is none.
+
+    Raises:
+        ServeError: it is not more than 0, or has no end.
+    """
+    if not 0 < seconds < math.inf:
+        raise ServeError(f"tune: --tune-seconds {seconds:g} must be more than 0 and finite", hint="try 60")
 
 
 def check_threads(threads: Sequence[int]) -> None:

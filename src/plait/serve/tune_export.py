@@ -103,11 +103,13 @@ def tuned(
         warning = fits(found, record)
         if Path(record).resolve() != path.resolve():
             found.write(path)
+    backend = backend_at(backends()[Manifest.read(Path(place)).backend])
     return {
         "record": str(path),
         "folder": place,
         "best": asdict(found.best),
-        "environment": found.best.environment(openmp=_has_openmp(Path(place))),
+        "environment": found.best.environment(openmp=backend.openmp),
+        "interpreter": backend.interpreter(),
         "measured": record is None,
         "warning": warning,
         "trials": len(found.trials),
@@ -116,10 +118,6 @@ def tuned(
         "ratio": found.ratio,
         "default": found.default["configuration"],
     }
-
-
-def _has_openmp(folder: Path) -> bool:
-    return backend_at(backends()[Manifest.read(folder).backend]).openmp
 
 
 def accurate(rows: Sequence[Mapping[str, Any]], least_cosine: float) -> list[Path]:

@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
+from plait.serve.manifest import folder_bytes
 from plait.serve.trial import CALLS, Trial
 from plait.serve.tune_record import Configuration
 
 __all__ = ["Runtime", "Search", "Space"]
 
 _LIVE = 8  # processes at once, at most: each holds a runtime and a model
+_PYTHON = 3e8  # bytes of a process with torch that has loaded nothing yet
 _START = 3.0  # seconds that a process takes to import and load: a short search has fewer of them
 _TURNS = 3  # before the slower half goes
 _MOST = 100  # calls of one configuration in a round of the search: more say no more
@@ -79,6 +82,17 @@ class Space:
         return replace(one, wait="", cpus=() if len(one.cpus) == len(self.cores) else one.cpus)
 
 
+def _that_fit(folders: Iterable[str]) -> int:
+    """Processes that fit into half of the free memory; each may hold the largest artefact three times while it loads."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        free = 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, ValueError, StopIteration):  # another system: not known
+        return _LIVE
+    largest = max(folder_bytes(Path(folder)) for folder in folders)
+    return int(free / 2 / (3 * largest + _PYTHON))
+
+
 class Search:
     """What is tried, and what it measured."""
 
@@ -86,7 +100,7 @@ class Search:
         self._space, self._generator, self._tell = space, generator, tell
         begin = time.monotonic()
         self._search_end, self._end = begin + _SEARCH * seconds, begin + seconds
-        self._live = max(2, min(_LIVE, int(_SEARCH * seconds / _START)))
+        self._live = max(2, min(_LIVE, int(_SEARCH * seconds / _START), _that_fit(space.runtimes)))
         self._seen: dict[Configuration, dict[str, Any]] = {}
         self._relative: dict[Configuration, float] = {}
         """Cost over the default's in the same round, the latest."""
@@ -127,7 +141,9 @@ class Search:
             drawn = self._space.drawn(self._generator)
             if drawn not in found and drawn not in self._seen:
                 found.append(drawn)
-        return found[: max(self._live, len(self._space.runtimes) + 1)] if self._round == 0 else found[: self._live]
+        # Even a short search begins with one of each artefact.
+        least = min(_LIVE, len(self._space.runtimes) + 1) if self._round == 0 else 0
+        return found[: max(self._live, least)]
 
     def _started(self, group: Sequence[Configuration], stack: ExitStack) -> dict[Configuration, Trial]:
         """A live process for each that loads; what does not is noted."""
