@@ -204,7 +204,8 @@ def _of_memory(advice: ServeAdvice, word: str) -> dict[str, Any]:
         return traced(word, gib(found.memory.total), "GiB", "sum of the parts on one device", inputs)
     if word == "cache":
         served = advice.served
-        length, formula = [("length", load.length, advice.work.load_why)], "length x cached_elements"
+        formula = "length x cached_elements"
+        length: list[tuple[str, Any, str]] = [("length", load.length, advice.work.load_why)]
         if served.encoder is not None:
             formula = "(output_tokens x cached_elements + input_tokens x cross_cached_elements)"
             length = [(n, getattr(load, n), advice.work.load_why) for n in ("output_tokens", "input_tokens")]
