@@ -2,6 +2,7 @@
 beyond what is said here.
 
     sums of truth values    torch counts them; importers add truth values. They are made whole numbers first.
+    positions from the end  TVM's importer reads in front of the tensor for select(-1). They are counted from the start.
     constants               what depends on no input and no weight (masks, positions) is computed now.
 """
 
@@ -41,6 +42,8 @@ def simplified(
         for node in list(graph.nodes):
             if node.op == "call_function" and str(node.target) in _COUNTING and _is_truth(node.args[0]):
                 _count(graph, node)
+            elif str(node.target) == "aten.select.int" and isinstance(node.args[2], int) and node.args[2] < 0:
+                node.args = (*node.args[:2], node.args[2] + node.args[0].meta["val"].shape[node.args[1]])
         _fold(fixed)
         graph.eliminate_dead_code()
         for node in graph.nodes:

@@ -11,6 +11,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from plait.serve.tvm_tuner import space_of_schedules
+
 if TYPE_CHECKING:
     import torch
 
@@ -114,11 +116,10 @@ def drawn(tasks: Sequence[Any], target: Any, record: Path) -> None:
         kernel = task.dispatched[0]
         if database.has_workload(kernel) and database.get_top_k(database.commit_workload(kernel), 1):
             continue
-        space = ms.space_generator.PostOrderApply(sch_rules="llvm", postprocs="llvm", mutator_probs="llvm")
         context = ms.TuneContext(
             mod=kernel,
             target=target,
-            space_generator=space,
+            space_generator=space_of_schedules(),
             search_strategy="replay-trace",
             num_threads=1,
             rand_state=number + 1,

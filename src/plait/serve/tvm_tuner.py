@@ -22,9 +22,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Tuned", "tune", "without_intrinsics"]
+__all__ = ["Tuned", "space_of_schedules", "tune", "without_intrinsics"]
 
-_FIRST = 4  # schedules of every kernel before any gets more
+_FIRST = 4  # schedules of every kernel of some weight before any gets more; the others get one
+_LIGHT = 0.01  # part of all arithmetic
 _NEXT = 8
 _HOPELESS = 4.0  # a schedule that takes so many times the best one's time is measured once
 _MEASURE = 0.01  # seconds for each of three measurements
@@ -47,6 +48,20 @@ class Tuned:
 def without_intrinsics() -> None:
     """Keep MetaSchedule from importing the tensor intrinsics of every device, which schedules for a CPU in fp32 do not use."""
     sys.modules.setdefault("tvm.s_tir.tensor_intrin", types.ModuleType("tvm.s_tir.tensor_intrin"))
+
+
+def space_of_schedules() -> Any:
+    """MetaSchedule's for CPUs, without loops unrolled 512 times: they compile half as fast again, and won nothing here."""
+    from tvm.s_tir import meta_schedule as ms
+
+    unroll = ms.schedule_rule.ParallelizeVectorizeUnroll(
+        max_jobs_per_core=16, max_vectorize_extent=64, unroll_max_steps=[0, 16, 64], unroll_explicit=True
+    )
+    rules = [
+        unroll if isinstance(rule, ms.schedule_rule.ParallelizeVectorizeUnroll) else rule
+        for rule in ms.schedule_rule.ScheduleRule.create("llvm")
+    ]
+    return ms.space_generator.PostOrderApply(sch_rules=rules, postprocs="llvm", mutator_probs="llvm")
 
 
 def tune(
@@ -118,7 +133,7 @@ class _Kernel:
         module = tvm.IRModule({"main": function})
         self.arithmetic = float(analysis.estimate_tir_flops(module)) * weight
         self._workload = database.commit_workload(module)
-        space = ms.space_generator.PostOrderApply(sch_rules="llvm", postprocs="llvm", mutator_probs="llvm")
+        space = space_of_schedules()
         # Small, since a generation is made on one core, and measured within seconds.
         search = ms.search_strategy.EvolutionarySearch(
             population_size=32, init_measured_ratio=0.5, init_min_unmeasured=8, genetic_num_iters=2
@@ -136,8 +151,8 @@ class _Kernel:
         self._designs = self._context.generate_design_space()
         self._is_begun = False
 
-    def one_round(self, stop: float) -> None:
-        """Draw some schedules, measure them until `stop`, and tell the search."""
+    def one_round(self, most: int, stop: float) -> None:
+        """Draw some schedules, measure at most so many of them until `stop`, and tell the search."""
         from tvm.s_tir.meta_schedule.runner import RunnerResult
 
         if not self._is_begun:
@@ -147,7 +162,6 @@ class _Kernel:
         if not found:
             self.is_done = True
             return
-        most = _FIRST if self.trials == 0 else len(found)
         results = []
         for number, candidate in enumerate(found):
             late = time.monotonic() > stop
@@ -220,6 +234,7 @@ def main(path: str) -> int:
             at.write_text(name, encoding="utf-8")
             kernels.append(_Kernel(name, function, weights[name], target, database, request["seed"] * 1000 + 1))
     order = sorted(kernels, key=lambda kernel: -kernel.arithmetic)
+    light = _LIGHT * sum(kernel.arithmetic for kernel in kernels)
     while time.monotonic() < stop:
         fresh = [kernel for kernel in order if not kernel.trials and not kernel.is_done]
         live = fresh or [kernel for kernel in order if not kernel.is_done]
@@ -228,7 +243,7 @@ def main(path: str) -> int:
         # What takes longest in all; a long search without a gain lowers what is hoped from more of it.
         kernel = live[0] if fresh else max(live, key=lambda k: k.weight * min(k.best, 1e3) / (1 + k.trials / 64))
         at.write_text(kernel.name, encoding="utf-8")
-        kernel.one_round(stop)
+        kernel.one_round((_FIRST if kernel.arithmetic > light else 1) if fresh else _NEXT, stop)
     return 0
 
 
