@@ -246,6 +246,17 @@ def test_a_model_that_nothing_holds_says_so():
     assert "--precision" in caught.value.hint
 
 
+def test_spot_prices_hold_the_restarts():
+    """Ten minutes five times a day are a thirtieth of it, by hand; asked for or not; too many leave nothing."""
+    seller = offer(count=1, name="one", usd=3.0, spot=1.0)
+    for asked in (False, True):
+        found = ask(seller, interruptions_per_day=5.0, spot=asked).answers[0]
+        assert found.spot.hours == pytest.approx(found.hours / (1 - 50 / 1440))
+        assert found.spot.usd == pytest.approx(found.spot.hours * 1.0)
+    with pytest.raises(RequestError, match="no spot offer serves"):
+        ask(seller, interruptions_per_day=1000.0, spot=True)
+
+
 def test_llm_runtimes_do_not_serve_plain_forwards():
     """JetStream, vLLM and TensorRT-LLM take decoders; a plain forward on a TPU goes through PyTorch."""
     tpu, _ = choose_runtime(find("TPU-v5e"), decodes=False)

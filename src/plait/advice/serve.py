@@ -133,6 +133,12 @@ def advise_serving(
     notes: list[str] = list(work.notes)
     here = _here(served, needs, work, local, notes)
     answers = [a for way in found if (a := _answer(way, needs, work, today)) is not None]
+    if needs.spot and found and not answers:
+        raise RequestError(
+            f"no spot offer serves: {needs.interruptions_per_day:g} interruptions a day of each instance leave no time between "
+            f"restarts of {needs.restart_minutes:g} minutes",
+            hint="leave out --spot, or lower --interruptions-per-day or --restart-minutes",
+        )
     good = [a for a in answers if not misses(a, needs)]
     if decodes and needs.latency_ms is None:
         quick = [a for a in good if a.estimate.latency <= USUAL_LATENCY]
@@ -178,24 +184,29 @@ def _answer(way: Way, needs: Needs, work: ServeWork, today: datetime.date) -> Se
     total = units * each
     rate = needs.throughput or total
     hours = work.amount / rate / 3600
-    available = 1.0
-    if needs.spot:
-        alone = {"instances": 1, "per_day": needs.interruptions_per_day, "restart_minutes": needs.restart_minutes}
-        available = 1 / expected_hours(1.0, checkpoint_minutes=0.0, **alone)  # type: ignore[arg-type]
+    # Nothing is lost but the restart; any instance of a replica that spans several stops it.
+    on_spot = expected_hours(
+        hours,
+        instances=way.instances,
+        per_day=needs.interruptions_per_day,
+        checkpoint_minutes=0.0,
+        restart_minutes=needs.restart_minutes,
+    )
 
     def price(*, spot: bool) -> Price | None:
         best = way.hourly(spot=spot)
         if best is None:
             return None
         hourly, offer = best
-        billed = hours / available if spot and available > 0 else hours
+        billed = on_spot if spot else hours
         return Price(
             offer=offer, usd_per_hour=hourly * units, hours=billed, usd=hourly * units * billed, age_days=age_days(offer, today),
             warning=price_warning(offer, today),
         )  # fmt: skip
 
     on_demand, spot = price(spot=False), price(spot=True)
-    if (spot if needs.spot else on_demand) is None:
+    ranked = spot if needs.spot else on_demand
+    if ranked is None or math.isinf(ranked.usd):
         return None
     power = way.part.device.power_w
     kwh = None if power is None else power * max(1.0, way.devices) * units * hours / 1000
