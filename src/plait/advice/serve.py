@@ -32,7 +32,7 @@ from plait.advice.serve_work import ServeWork, serve_work_of
 from plait.advice.work import as_samples
 from plait.cost.serving import ServingPlan, batches, estimate_serving
 from plait.cost.serving_work import Served, served_work
-from plait.errors import HardwareError, PlanError
+from plait.errors import HardwareError, PlanError, RequestError
 from plait.hardware.catalogue import load_accelerators
 from plait.hardware.offers import Offer, load_offers
 from plait.plan.space import facts_of
