@@ -16,9 +16,11 @@ import torch
 from torch import nn
 
 from plait.errors import ServeError
+from plait.hardware.placement import place_here
 from plait.serve.backend import Backend
 from plait.serve.export import export
 from plait.serve.registry import backend_at, backends
+from plait.serve.served import load
 from plait.serve.trial import Trial
 from plait.serve.tune import check_threads, load_tuned, tune
 from plait.serve.tune_export import accurate, tuned, variant_rows
@@ -237,6 +239,24 @@ def test_a_trial_stands_still_when_it_is_not_its_turn(exported: Any) -> None:
     assert stands_still()
     trial.close()
     assert trial._process.returncode is not None
+
+
+@pytest.mark.multi
+def test_a_server_takes_the_threads_of_its_placement(exported: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many as `plait.hardware.placement` chooses, and it says why; the user's own number wins; the report has both."""
+    out, _, _, report = exported
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    chosen = load(out / "torch")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    own = load(out / "torch")
+
+    assert (chosen.threads, chosen.reason) == (place_here(environment={}).threads, place_here(environment={}).reason)
+    assert own.threads == 1
+    assert load(out / "torch", threads=2).threads == 2
+    assert report["placement"]["reason"] == "as asked for"
+    assert "bash" in (out / "serve.sh").read_text()
+    with pytest.raises(ServeError, match="threads=0"):
+        load(out / "torch", threads=0)
 
 
 @pytest.mark.multi

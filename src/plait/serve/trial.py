@@ -99,7 +99,8 @@ class Trial:
     def _signal(self, name: str) -> None:
         """To all of its processes; on systems that have none of these signals idle ones go on spinning."""
         number = getattr(signal, name, None)
-        if number is not None:
+        # Once it was waited for, its number may be another process's.
+        if number is not None and self._process.returncode is None:
             with suppress(ProcessLookupError, PermissionError):
                 os.killpg(self._process.pid, number)
 

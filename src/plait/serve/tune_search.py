@@ -181,7 +181,11 @@ class Search:
                         trial.measure(slow=slow)
                     if time.monotonic() >= self._search_end:
                         break
+                for one in [c for c, trial in live.items() if trial.error]:
+                    live.pop(one).close()
                 ranked = sorted(live, key=lambda c: live[c].cost)
+                if not ranked:
+                    break
                 if len(live) != told:
                     told = len(live)
                     fastest = 1e3 * live[ranked[0]].cost
@@ -192,7 +196,8 @@ class Search:
                 for one in ranked[max(2, (len(ranked) + 1) // 2) :]:
                     if one != default:  # which all are compared with
                         live.pop(one).close()
-            base = everything[default].cost if default in everything else 1.0
+            # Where the default settings do not run, seconds are compared.
+            base = everything[default].cost if default in everything and not everything[default].error else 1.0
             for one, trial in everything.items():
                 self._seen[one]["error"] = trial.error
                 self._note(one, trial.seconds, slow)
