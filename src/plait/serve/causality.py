@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from plait.serve.positions import EXACT, Positions, line_of
+from plait.serve.positions import EXACT, Positions, kind_of, line_of
 
 __all__ = ["looks_ahead"]
 
@@ -44,6 +44,8 @@ class _Rows(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         """One operator."""
         value = super().run_node(n)
+        if "empty" in kind_of(n) and isinstance(value, torch.Tensor):
+            value.zero_()  # memory as it is found would differ from run to run
         dims = self._source.dims(n)
         is_rows = isinstance(value, torch.Tensor) and value.is_floating_point() and list(dims.values()) == [EXACT]
         if n not in self._source.data or not is_rows:

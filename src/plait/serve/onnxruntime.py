@@ -49,14 +49,16 @@ class OnnxRuntime(Backend):
 
     def export(self, subject: Subject, folder: Path, precision: str) -> Mapping[str, Any]:
         """One file for each entry point, checked by onnx; quantised afterwards."""
+        from plait.serve.cache_update import scattered
+
         opset = 0
         for name in subject.entries:
             path = folder / f"{name}.onnx"
             if not precision.startswith("int8"):
-                opset = write_onnx(subject, name, path, cast(subject.program(name), precision))
+                opset = write_onnx(subject, name, path, scattered(cast(subject.program(name), precision)))
                 continue
             whole = folder / f"{name}.fp32.onnx"
-            opset = write_onnx(subject, name, whole)
+            opset = write_onnx(subject, name, whole, scattered(subject.program(name)))
             (_quantise if precision == "int8" else _compress)(whole, path)
             for part in folder.glob(f"{name}.fp32.*"):
                 part.unlink()

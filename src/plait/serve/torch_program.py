@@ -33,11 +33,12 @@ class TorchProgram(Backend):
         import torch
         from safetensors.torch import save_model
 
+        from plait.serve.cache_update import scattered
         from plait.serve.casting import cast
 
         held: dict[str, torch.Tensor] = {}
         for name in subject.entries:
-            program = cast(subject.program(name), precision)
+            program = scattered(cast(subject.program(name), precision))
             held = held or {key: tensor.detach() for key, tensor in program.state_dict.items()}
             if len(subject.entries) > 1:
                 _empty(program, held)
