@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from torch.nn import functional as F
 
 from plait.errors import ServeError
 from plait.serve.decode import add_decoder
+from plait.serve.generate import roles_of
 from plait.serve.generation import generation
 from plait.serve.manifest import Manifest
 from plait.serve.prepare import prepare
@@ -36,9 +38,24 @@ class Decoder(nn.Module):
         return self.head(x + F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
 
 
+class Masked(Decoder):
+    """With a mask of padding beside the tokens, and positions."""
+
+    def forward(self, tokens: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        """[batch, length] each -> [batch, length, 19]."""
+        x = self.token(tokens) + self.position(positions)
+        q, k, v = (t.unflatten(-1, (2, 4)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+        seen = torch.ones(tokens.shape[1], tokens.shape[1], dtype=torch.bool).tril() & mask[:, None, None].bool()
+        return self.head(x + F.scaled_dot_product_attention(q, k, v, attn_mask=seen).transpose(1, 2).flatten(2))
+
+
 def _served(model: nn.Module, folder: Path, *, cached: bool) -> Served:
     """As `plait export --to torch` writes it."""
-    source = source_of(model, inputs=torch.zeros(2, CAPACITY, dtype=torch.int64))
+    tokens = torch.randint(19, (2, CAPACITY))
+    inputs = (
+        (tokens, torch.ones_like(tokens), torch.arange(CAPACITY).expand(2, -1)) if isinstance(model, Masked) else tokens
+    )
+    source = source_of(model, inputs=inputs)
     subject_folder, out = folder / "subject", folder / "torch"
     for place in (subject_folder, out):
         place.mkdir(parents=True)
@@ -69,11 +86,34 @@ def _served(model: nn.Module, folder: Path, *, cached: bool) -> Served:
     return load(out, threads=1)
 
 
-def _greedy(model: nn.Module, tokens: torch.Tensor, count: int) -> torch.Tensor:
+def _greedy(model: Callable[[torch.Tensor], torch.Tensor], tokens: torch.Tensor, count: int) -> torch.Tensor:
     for _ in range(count):
         with torch.no_grad():
             tokens = torch.cat([tokens, model(tokens)[:, -1:].argmax(-1)], 1)
     return tokens
+
+
+def test_a_mask_and_positions_are_filled_in(tmp_path: Path) -> None:
+    """A prompt has no padding: what the model takes beside tokens follows from them."""
+    torch.manual_seed(1)
+    model = Masked().eval()
+    served = _served(model, tmp_path, cached=True)
+    prompt = torch.randint(19, (2, 5))
+
+    def logits(tokens: torch.Tensor) -> torch.Tensor:
+        return model(tokens, torch.ones_like(tokens), torch.arange(tokens.shape[1]).expand_as(tokens))
+
+    assert torch.equal(served.generate(prompt, max_new_tokens=12), _greedy(logits, prompt, 12))
+
+
+def test_inputs_are_told_by_their_values() -> None:
+    """Two inputs that both may be tokens, and features, are refused."""
+    tokens, positions = torch.tensor([[5, 3, 3]]), torch.arange(3)[None]
+
+    assert roles_of([positions]) == ["tokens"]
+    assert roles_of([torch.ones(1, 3), tokens, positions]) == ["ones", "tokens", "positions"]
+    for wrong in ([tokens, tokens], [tokens.float()], [tokens, torch.ones(1, 4)], [tokens[0]], []):
+        assert roles_of(wrong) is None
 
 
 @pytest.mark.parametrize("cached", [True, False])

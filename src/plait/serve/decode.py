@@ -16,6 +16,7 @@ from plait.errors import ServeError
 from plait.serve.cached import Derived, derive
 from plait.serve.causality import looks_ahead
 from plait.serve.entry import write_sample
+from plait.serve.generate import all_inputs, roles_of
 from plait.serve.positions import size_of
 from plait.serve.subject import Entry, Subject, TensorSpec, write_program
 
@@ -112,17 +113,21 @@ def _unequal(program: Any, call: Callable[[torch.Tensor], torch.Tensor], capacit
 def _call_of(module: nn.Module, inputs: Any) -> Callable[[torch.Tensor], torch.Tensor]:
     """logits(tokens), whatever the inputs' structure."""
     leaves, spec = torch.utils._pytree.tree_flatten(inputs)
-    tensors = [i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
-    if len(tensors) != 1 or leaves[tensors[0]].dim() != 2 or leaves[tensors[0]].is_floating_point():
-        shown = ", ".join(f"{leaves[i].dtype} {list(leaves[i].shape)}" for i in tensors)
+    places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
+    roles = roles_of([leaves[i] for i in places])
+    if roles is None:
+        shown = ", ".join(f"{leaves[i].dtype} {list(leaves[i].shape)}" for i in places)
         raise ServeError(
-            f"decode: a decoder is served tokens [batch, length] alone; {type(module).__name__} takes {shown or 'no tensor'}",
+            f"decode: a decoder is served tokens [batch, length], beside them at most a mask of ones and positions from 0; "
+            f"{type(module).__name__} takes {shown or 'no tensor'}",
             hint="export without --max-length",
         )
+    dtypes = [leaves[i].dtype for i in places]
 
     def call(tokens: torch.Tensor) -> torch.Tensor:
         own = list(leaves)
-        own[tensors[0]] = tokens.to(leaves[tensors[0]].dtype)
+        for i, tensor in zip(places, all_inputs(roles, dtypes, tokens), strict=True):
+            own[i] = tensor
         outputs = call_model(module, torch.utils._pytree.tree_unflatten(own, spec))
         if isinstance(outputs, torch.Tensor):
             return outputs

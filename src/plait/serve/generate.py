@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from plait.serve.served import Served
     from plait.serve.subject import Entry
 
-__all__ = ["capacity_of", "generate", "greedy", "logits_of"]
+__all__ = ["all_inputs", "capacity_of", "generate", "greedy", "logits_of", "roles_of"]
 
 
 def generate(served: Served, tokens: Any, *, max_new_tokens: int = 64, stop: int | None = None) -> torch.Tensor:
@@ -109,6 +109,39 @@ def logits_of(entry: Entry) -> list[int]:
     """Places among a forward's outputs that may be logits [batch, length, vocabulary], the likeliest first."""
     places = [i for i, s in enumerate(entry.outputs) if len(s.shape) == 3 and s.dtype.startswith(("float", "bfloat"))]
     return sorted(places, key=lambda i: entry.outputs[i].name != "logits")
+
+
+def roles_of(inputs: Sequence[torch.Tensor]) -> list[str] | None:
+    """What each input of a decoder is, by its values: `tokens`, a mask that is `ones` everywhere, or `positions` 0, 1, 2 ...
+
+    None: there is something else among them, or it cannot be told which are the tokens.
+    """
+    import torch
+
+    if not inputs or any(t.dim() != 2 or t.shape != inputs[0].shape for t in inputs):
+        return None
+    found = []
+    for tensor in inputs:
+        every = torch.arange(tensor.shape[1], device=tensor.device)
+        is_ones = bool((tensor == 1).all())
+        is_positions = not tensor.is_floating_point() and bool((tensor == every).all())
+        found.append("ones" if is_ones else "positions" if is_positions else "tokens")
+    if len(inputs) == 1:
+        found = ["tokens"]
+    tokens = [tensor for tensor, role in zip(inputs, found, strict=True) if role == "tokens"]
+    return found if len(tokens) == 1 and not tokens[0].is_floating_point() else None
+
+
+def all_inputs(roles: Sequence[str], dtypes: Sequence[torch.dtype], tokens: torch.Tensor) -> list[torch.Tensor]:
+    """A decoder's inputs for these tokens, by `roles_of`: nothing is masked, positions count from 0."""
+    import torch
+
+    made = {
+        "tokens": tokens,
+        "ones": torch.ones_like(tokens),
+        "positions": torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens),
+    }
+    return [made[role].to(dtype) for role, dtype in zip(roles, dtypes, strict=True)]
 
 
 def _empty(decode: Entry, batch: int) -> list[Any]:

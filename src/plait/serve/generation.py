@@ -12,7 +12,7 @@ from typing import Any
 
 from plait.serve.backend import Artefact, Backend, Runner
 from plait.serve.baseline import eager
-from plait.serve.generate import capacity_of, greedy, logits_of
+from plait.serve.generate import all_inputs, capacity_of, greedy, logits_of, roles_of
 from plait.serve.subject import Subject
 
 __all__ = ["generation"]
@@ -54,10 +54,12 @@ def generation(
         prompt = prompt[:1]
     count = min(TOKENS, room + 1 - prompt.shape[1])
     forward, module, which = eager(subject)
-    place, dtype = logits_of(subject.entries["forward"])[0], subject.entries["forward"].inputs[0].dtype
+    own_entry = subject.entries["forward"]
+    place, dtypes = logits_of(own_entry)[0], [getattr(torch, spec.dtype) for spec in own_entry.inputs]
+    roles = roles_of(subject.inputs(own_entry.samples[0])) or ["tokens"]
 
     def logits(tokens: torch.Tensor) -> torch.Tensor:
-        return forward([tokens.to(getattr(torch, dtype))])[place]
+        return forward(all_inputs(roles, dtypes, tokens))[place]
 
     own = _own_generate(module, logits)
     limits = facts.get("serves")
