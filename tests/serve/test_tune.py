@@ -35,7 +35,10 @@ def _configuration(threads: int = 1, artefact: str = "a") -> dict[str, Any]:
 
 
 def _trial(threads: int, *rounds: list[float], first: int = 1) -> dict[str, Any]:
-    kept = [{"round": i + first, "calls_a_turn": 5, "seconds": seconds} for i, seconds in enumerate(rounds)]
+    kept = [
+        {"round": i + first, "calls_a_turn": 5, "sets": [2, 2] if len(seconds) == 20 else [], "seconds": seconds}
+        for i, seconds in enumerate(rounds)
+    ]
     return {"configuration": _configuration(threads), "rounds": kept, "error": ""}
 
 
@@ -54,11 +57,13 @@ def test_the_best_beats_the_default_in_the_last_round() -> None:
 
 
 def test_chance_does_not_win() -> None:
-    """Faster by one per cent, or by much in half of the turns: the default settings stay the best."""
-    slightly = _record(_trial(1, [0.002] * 20), _trial(2, [0.00199] * 20))
-    sometimes = _record(_trial(1, [0.002] * 20), _trial(2, [0.001] * 10 + [0.003] * 10))
+    """Faster by one per cent, by much in half of the turns, or in one set of processes: the default settings stay the best."""
+    default = _trial(1, [0.002] * 20)
+    slightly = _record(default, _trial(2, [0.00199] * 20))
+    sometimes = _record(default, _trial(2, [0.001] * 10 + [0.003] * 10))
+    one_set = _record(default, _trial(2, [0.001] * 15 + [0.004] * 5))
 
-    assert slightly.best.threads == sometimes.best.threads == 1
+    assert slightly.best.threads == sometimes.best.threads == one_set.best.threads == 1
     assert slightly.ratio == 1.0
 
 
@@ -107,6 +112,7 @@ def test_a_broken_record_is_refused(text: str, tmp_path: Path) -> None:
         (("trials", 0, "rounds", 0, "seconds", 0), -1.0),
         (("trials", 0, "rounds", 0, "seconds"), []),
         (("trials", 0, "rounds", 0, "calls_a_turn"), 0),
+        (("trials", 0, "rounds", 0, "sets"), [0]),
         (("trials",), []),
     ],
 )

@@ -1,11 +1,13 @@
 """tune.json: every trial with its measurements, the machine, and the configuration that they make the best.
 
 The last round is the confirmation: the default settings (the first trial) and what the search found, in fresh processes that
-take turns. Best is what was faster there by more than chance; where nothing was, the default settings are the best.
+take turns; `sets` are the turns of each set of processes. Best is what was faster there by more than chance: by 2 % in the
+median of all turns, in three of four of them, and in every set. Where nothing was, the default settings are the best.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -180,12 +182,19 @@ def _summed(trial: Mapping[str, Any]) -> dict[str, Any]:
     """A trial with its figures; those of the last round, in which it met the others that were left."""
     configuration = Configuration.from_dict(trial["configuration"])
     rounds: list[dict[str, Any]] = [
-        {"round": int(r["round"]), "calls_a_turn": int(r["calls_a_turn"]), "seconds": [float(s) for s in r["seconds"]]}
+        {
+            "round": int(r["round"]),
+            "calls_a_turn": int(r["calls_a_turn"]),
+            "sets": [int(n) for n in r["sets"]],
+            "seconds": [float(s) for s in r["seconds"]],
+        }
         for r in trial["rounds"]
     ]
     for one in rounds:
         if one["calls_a_turn"] < 1 or not one["seconds"] or not all(0 < s < math.inf for s in one["seconds"]):
             raise ValueError(f"round {one['round']} of a trial has no positive times")
+        if any(n < 1 for n in one["sets"]):
+            raise ValueError(f"round {one['round']} of a trial has an empty set")
     error = str(trial["error"])
     found: dict[str, Any] = {"configuration": asdict(configuration), "calls": sum(len(r["seconds"]) for r in rounds)}
     if rounds:
@@ -214,19 +223,25 @@ def _best(trials: Sequence[Mapping[str, Any]]) -> Configuration:
         return Configuration.from_dict(fastest["configuration"])
     best, least = default, 1.0
     for trial in finalists:
-        ratio, sure = _ratios(trial, default)
-        if ratio <= _WORTH and sure >= _SURE and ratio < least:
+        ratio, sure, worst = _ratios(trial, default)
+        if ratio <= _WORTH and sure >= _SURE and worst < 1 and ratio < least:
             best, least = trial, ratio
     return Configuration.from_dict(best["configuration"])
 
 
-def _ratios(one: Mapping[str, Any], default: Mapping[str, Any]) -> tuple[float, float]:
-    """(median over the turns of the time a sample over the default's of the same turn, share of turns below 1)."""
+def _ratios(one: Mapping[str, Any], default: Mapping[str, Any]) -> tuple[float, float, float]:
+    """Of the time a sample over the default's of the same turn: (median, share of turns below 1, largest median of a set)."""
     if one is default or not one["calls"] or not default["calls"]:
-        return 1.0, 0.0
+        return 1.0, 0.0, 1.0
     turns = [_turns(trial) for trial in (one, default)]
     found = [a / b for a, b in zip(*turns, strict=False)]
-    return statistics.median(found), sum(r < 1 for r in found) / len(found)
+    ends = list(itertools.accumulate(one["rounds"][-1]["sets"] or [len(found)], initial=0))
+    sets = [found[begin:end] for begin, end in itertools.pairwise(ends) if found[begin:end]]
+    return (
+        statistics.median(found),
+        sum(r < 1 for r in found) / len(found),
+        max(map(statistics.median, sets), default=1.0),
+    )
 
 
 def _turns(trial: Mapping[str, Any]) -> list[float]:

@@ -1,7 +1,7 @@
 """The search of `plait.serve.tune`: successive halving around the best so far, then a confirmation beside the default.
 
 time    ├──────────── search ─────────────┤├─ confirmation ─┤
-round    1: default + drawn   2: default + best's neighbours   ...   last: default + the two best, fresh processes, twice
+round    1: default + drawn   2: default + best's neighbours   ...   last: default + the two best, fresh processes, thrice
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ _TURNS = 3  # before the slower half goes
 _MOST = 100  # calls of one configuration in a round of the search: more say no more
 _SEARCH = 0.65  # of the time; the rest confirms
 _FINALISTS = 2  # beside the default
-_FINAL_TURNS = (2, 40)  # least and most, of each of the two sets of processes
+_SETS = 3  # of fresh processes in the confirmation: how memory falls to a process can make a difference, too
+_FINAL_TURNS = (2, 30)  # of each set, least and most
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,11 +160,12 @@ class Search:
                 entry["error"] = trial.error
         return {one: trial for one, trial in trials.items() if not trial.error}
 
-    def _note(self, one: Configuration, seconds: Sequence[float], slow: bool) -> None:
+    def _note(self, one: Configuration, seconds: Sequence[float], slow: bool, sets: Sequence[int] = ()) -> None:
         if seconds:
             kept = {
                 "round": self._round,
                 "calls_a_turn": 1 if slow else CALLS,
+                "sets": list(sets),
                 "seconds": [round(s, 9) for s in seconds],
             }
             self._seen[one]["rounds"].append(kept)
@@ -207,31 +209,30 @@ class Search:
             return min(good, key=lambda c: live[c].cost, default=None)
 
     def _confirm(self, group: Sequence[Configuration]) -> None:
-        """One more round in two sets of fresh processes: how memory fell to a process can make a difference, too."""
+        """One more round, in sets of fresh processes."""
         self._round += 1
         self._tell(f"round {self._round}: {len(group) - 1} beside the default, in new processes")
         gathered: dict[Configuration, list[float]] = {one: [] for one in group}
         least, most = _FINAL_TURNS
-        slow = False
-        for half in (1, 2):
-            stop = self._end - (self._end - time.monotonic()) / 2 if half == 1 else self._end
+        slow, turns = False, []
+        for number in range(_SETS):
+            now = time.monotonic()
+            stop = now + (self._end - now) / (_SETS - number)
             with ExitStack() as stack:
-                live = self._started(group, stack)
-                if half == 1:
-                    slow = any(trial.slow for trial in live.values())
-                order = list(live)
-                for turn in range(most):
-                    if turn >= least and time.monotonic() >= stop:
-                        break
+                live = self._started(list(gathered), stack)
+                slow = slow or (not number and any(trial.slow for trial in live.values()))
+                order, turn = list(live), 0
+                while turn < least or (turn < most and time.monotonic() < stop):
                     for one in order:
                         live[one].measure(slow=slow)
-                    order = [*order[1:], order[0]]
-                for one, trial in live.items():
-                    if trial.error:
-                        self._seen[one]["error"] = trial.error
-                        gathered.pop(one, None)
-                    elif one in gathered:
-                        gathered[one] += trial.seconds
+                    order, turn = [*order[1:], *order[:1]], turn + 1
+                turns.append(turn)
+                for one in list(gathered):
+                    if one in live and not live[one].error:
+                        gathered[one] += live[one].seconds
+                        continue
+                    if one in live:
+                        self._seen[one]["error"] = live[one].error
+                    del gathered[one]
         for one, seconds in gathered.items():
-            if not self._seen[one]["error"]:
-                self._note(one, seconds, slow)
+            self._note(one, seconds, slow, turns)
