@@ -102,6 +102,18 @@ class Scans(Alone):
         return self.head(torch.stack(states, 1))
 
 
+class Recurrent(Alone):
+    """An LSTM."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.state = nn.LSTM(16, 16, batch_first=True)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """[batch, length] -> [batch, length, 31]."""
+        return self.head(self.state(self.token(tokens))[0])
+
+
 def _subject(model: nn.Module, folder: Path) -> Subject:
     source = source_of(model, inputs=torch.zeros(2, 8, dtype=torch.int64))
     prepared = prepare(source, folder, asked=(1, 3), data=[], tell=lambda _: None)
@@ -192,9 +204,10 @@ def test_the_cache_holds_key_heads_before_they_are_repeated(tmp_path: Path) -> N
         (Hand("bidirectional"), "first those of aten.matmul.default"),
         (Fused(is_causal=False), "attends to later positions"),
         (Alone(), "no position's result depends on another's"),
-        (Scans(), "torch.export fixed the model's length"),
+        (Scans(), "for i in range(tokens.shape[1]):"),
+        (Recurrent(), "self.head(self.state(self.token(tokens))[0])"),
     ],
-    ids=str.split("softmax weights bidirectional fused alone scan"),
+    ids=str.split("softmax weights bidirectional fused alone scan lstm"),
 )
 def test_what_mixes_positions_is_refused(model: nn.Module, words: str, tmp_path: Path) -> None:
     """By its operator and the user's line."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from plait.serve.cached import Derived, derive
 from plait.serve.causality import looks_ahead
 from plait.serve.entry import write_sample
 from plait.serve.generate import all_inputs, roles_of
-from plait.serve.positions import size_of
+from plait.serve.positions import line_of, size_of
 from plait.serve.subject import Entry, Subject, TensorSpec, write_program
 
 __all__ = ["Proof", "add_decoder", "prove", "with_cache"]
@@ -173,27 +174,32 @@ def _refuse_fixed(program: Any) -> None:
     length = size_of(value.shape[1])
     if not isinstance(length, int):
         return
-    shapes: Any = getattr(getattr(value, "fake_mode", None), "shape_env", None)
-    places = getattr(shapes, "replacements_slocs", {})
-    lines = [
-        place.maybe_user_loc or _frame(place.framework_loc)
-        for symbol, place in places.items()
-        if shapes.replacements.get(symbol) == length
-    ]
-    where = f"\n\n  {lines[0]}" if lines and lines[0] else ""
+    where = _fixed_at(value, length) or _busiest_line(program)
     raise ServeError(
         f"decode: torch.export fixed the model's length to {length}, so no step at one position can be derived: its Python "
-        f"loops over positions, or reads their number{where}",
+        f"loops over positions or reads their number, or an operator does when it is taken apart\n\n  {where}",
         hint="generate with the exported forward; a scan over positions has a state of its own, which is no key-value cache",
     )
 
 
-def _frame(frame: Any) -> str:
-    return (
-        f'File "{frame.filename}", line {frame.lineno}, in {frame.name} {frame.line or ""}'
-        if hasattr(frame, "lineno")
-        else ""
-    )
+def _fixed_at(value: Any, length: int) -> str:
+    """The user's line at which export made the length a number; empty where it does not know."""
+    shapes: Any = getattr(getattr(value, "fake_mode", None), "shape_env", None)
+    for symbol, place in getattr(shapes, "replacements_slocs", {}).items():
+        frame = place.framework_loc
+        if shapes.replacements.get(symbol) != length:
+            continue
+        if place.maybe_user_loc:
+            return str(place.maybe_user_loc)
+        if hasattr(frame, "lineno") and "/torch/" not in frame.filename:
+            return f'File "{frame.filename}", line {frame.lineno}, in {frame.name} {frame.line or ""}'
+    return ""
+
+
+def _busiest_line(program: Any) -> str:
+    """The user's line that most operators come from: a loop repeats what is in it."""
+    lines = Counter(line_of(node) for node in program.graph.nodes if node.op == "call_function")
+    return lines.most_common(1)[0][0] if lines else ""
 
 
 def prove(derived: Derived, call: Callable[[torch.Tensor], torch.Tensor], capacity: int, *, seed: int = 0) -> Proof:

@@ -32,6 +32,7 @@ __all__ = [
     "arguments_of",
     "kind_of",
     "leaves",
+    "line_of",
     "size_of",
 ]
 
