@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from plait.serve.litert import LiteRt
 from plait.serve.simplify import simplified
 from plait.serve.subject import Entry, Sample, Subject, TensorSpec
 from plait.serve.tvm import Tvm, _order, _seconds
+from plait.serve.tvm_tuner import _next
 
 
 def subject(dims: dict[str, tuple[int, int]]) -> Subject:
@@ -203,6 +205,21 @@ def test_seconds_of_tuning_are_a_number(text: str, monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("PLAIT_TVM_SECONDS", text)
     with pytest.raises(ServeError, match=f"PLAIT_TVM_SECONDS={text} is no number of seconds"):
         _seconds()
+
+
+def test_the_next_kernel_to_tune():
+    """One never measured; then what takes the largest part of its own library, though another's is slower; none at last."""
+
+    def kernel(group: str, cost: float, trials: int, is_done: bool = False) -> SimpleNamespace:
+        return SimpleNamespace(group=group, cost=cost, trials=trials, is_done=is_done)
+
+    small, large, other = kernel("0", 1.0, 2), kernel("1", 60.0, 2), kernel("1", 60.0, 2)
+    fresh = kernel("1", 1e3, 0)
+
+    assert _next([small, large, other, fresh]) is fresh
+    assert _next([small, large, other]) is small
+    assert _next([kernel("0", 1.0, 500), large, other]) is large
+    assert _next([kernel("0", 1.0, 2, is_done=True)]) is None
 
 
 def made(name: str) -> None:

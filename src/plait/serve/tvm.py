@@ -70,20 +70,22 @@ class Tvm(Backend):
         seconds = 0.0 if subject.moved else _seconds()
         weights: dict[str, torch.Tensor] = {}
         order: dict[str, list[str]] = {}
+        record, tuned = folder / "tuning", Tuned()
         laid_out: list[str] = []
-        tuned = Tuned()
-        record = folder / "tuning"
         with tempfile.TemporaryDirectory(prefix="plait-tvm-") as text, tvm_graph.quiet():
-            for number, (name, rung) in enumerate(steps):
+            modules = {}
+            for name, rung in steps:
                 module, held = _module(subject, name, rung, target)
+                modules[f"{name}-{rung.name}"] = module
                 order[f"{name}-{rung.name}"] = [_keep(weights, value) for value in tvm_graph.arrays(held)]
-                tasks = tvm_graph.tasks_of(module, target)
-                if seconds > 0:
-                    share = (seconds - tuned.seconds) / (len(steps) - number)
-                    tuned += tune(tasks, described, record, Path(text), seconds=share, threads=threads)
-                tvm_graph.drawn(tasks, target, record)
-                if tvm_graph.library(module, target, record, folder / f"{name}-{rung.name}.so"):
-                    laid_out.append(f"{name}-{rung.name}")
+            tasks = {key: tvm_graph.tasks_of(module, target) for key, module in modules.items()}
+            if seconds > 0:
+                groups = list(tasks.values())
+                tuned = tune(groups, described, record, Path(text), seconds=seconds, threads=threads)
+            for key, module in modules.items():
+                tvm_graph.drawn(tasks[key], target, record)
+                if tvm_graph.library(module, target, record, folder / f"{key}.so"):
+                    laid_out.append(key)
         _save(weights, folder / "weights.safetensors")
         return {"parameters": order, "laid_out": laid_out, "note": _note(tuned, threads)}
 

@@ -24,8 +24,7 @@ from typing import Any
 
 __all__ = ["Tuned", "space_of_schedules", "tune", "without_intrinsics"]
 
-_FIRST = 4  # schedules of every kernel of some weight before any gets more; the others get one
-_LIGHT = 0.01  # part of all arithmetic
+_FIRST = 2  # schedules of every kernel before any gets more
 _NEXT = 8
 _HOPELESS = 4.0  # a schedule that takes so many times the best one's time is measured once
 _MEASURE = 0.01  # seconds for each of three measurements
@@ -40,9 +39,6 @@ class Tuned:
     kernels: int = 0
     trials: int = 0
     seconds: float = 0.0
-
-    def __add__(self, other: Tuned) -> Tuned:
-        return Tuned(self.kernels + other.kernels, self.trials + other.trials, self.seconds + other.seconds)
 
 
 def without_intrinsics() -> None:
@@ -65,15 +61,24 @@ def space_of_schedules() -> Any:
 
 
 def tune(
-    tasks: Sequence[Any], target: Mapping[str, Any], record: Path, scratch: Path, *, seconds: float, threads: int
+    groups: Sequence[Sequence[Any]],
+    target: Mapping[str, Any],
+    record: Path,
+    scratch: Path,
+    *,
+    seconds: float,
+    threads: int,
 ) -> Tuned:
-    """Measure schedules of TVM's extracted tasks for `seconds`, and keep them in `record`; a crash costs one schedule."""
+    """Measure schedules of TVM's extracted tasks for `seconds`, and keep them in `record`; a crash costs one schedule.
+
+    A group is the tasks of one library. What a kernel may win is counted in parts of its group's time, so that a small batch
+    is tuned as much as a large one.
+    """
     import tvm
 
-    scratch.mkdir(exist_ok=True)
     record.mkdir(exist_ok=True)
-    names = [f"kernel_{number}" for number in range(len(tasks))]
-    functions = {name: task.dispatched[0]["main"] for name, task in zip(names, tasks, strict=True)}
+    tasks = {f"kernel_{i}_{j}": task for i, group in enumerate(groups) for j, task in enumerate(group)}
+    functions = {name: task.dispatched[0]["main"] for name, task in tasks.items()}
     (scratch / "tasks.json").write_text(tvm.ir.save_json(tvm.IRModule(functions)), encoding="utf-8")
     before, begin, left_out = _lines(record), time.monotonic(), list[str]()
     for attempt in range(_RESTARTS):
@@ -85,7 +90,7 @@ def tune(
             "at": str(scratch / "at.txt"),
             "record": str(record),
             "target": dict(target),
-            "weights": {name: int(task.weight) for name, task in zip(names, tasks, strict=True)},
+            "weights": {name: int(task.weight) for name, task in tasks.items()},
             "left_out": left_out,
             "seconds": left,
             "threads": threads,
@@ -125,7 +130,7 @@ class _Kernel:
         from tvm.s_tir import analysis
         from tvm.s_tir import meta_schedule as ms
 
-        self.name, self.weight = name, weight
+        self.name, self.weight, self.group = name, weight, name.split("_")[1]
         self.best = float("inf")
         self.trials = 0
         self.is_done = False
@@ -150,6 +155,11 @@ class _Kernel:
         self._model = ms.cost_model.RandomModel()
         self._designs = self._context.generate_design_space()
         self._is_begun = False
+
+    @property
+    def cost(self) -> float:
+        """Seconds of all its calls."""
+        return self.weight * min(self.best, 1e3)
 
     def one_round(self, most: int, stop: float) -> None:
         """Draw some schedules, measure at most so many of them until `stop`, and tell the search."""
@@ -211,6 +221,19 @@ def measured(candidate: Any, target: Any, best: float) -> float:
     return float(min(library.time_evaluator("main", tvm.cpu(), number=count, repeat=3)(*arguments).results))
 
 
+def _next(kernels: Sequence[_Kernel]) -> _Kernel | None:
+    """One that was never measured, or what takes the largest part of its library's time; None where all are searched."""
+    live = [kernel for kernel in kernels if not kernel.is_done]
+    fresh = [kernel for kernel in live if not kernel.trials]
+    if fresh or not live:
+        return fresh[0] if fresh else None
+    totals: dict[str, float] = {}
+    for kernel in kernels:
+        totals[kernel.group] = totals.get(kernel.group, 0.0) + kernel.cost
+    # A long search lowers what is hoped from more of it.
+    return max(live, key=lambda kernel: kernel.cost / totals[kernel.group] / (1 + kernel.trials / 32))
+
+
 def main(path: str) -> int:
     """Tune what a request says until its time is over."""
     import logging
@@ -234,16 +257,12 @@ def main(path: str) -> int:
             at.write_text(name, encoding="utf-8")
             kernels.append(_Kernel(name, function, weights[name], target, database, request["seed"] * 1000 + 1))
     order = sorted(kernels, key=lambda kernel: -kernel.arithmetic)
-    light = _LIGHT * sum(kernel.arithmetic for kernel in kernels)
     while time.monotonic() < stop:
-        fresh = [kernel for kernel in order if not kernel.trials and not kernel.is_done]
-        live = fresh or [kernel for kernel in order if not kernel.is_done]
-        if not live:
+        kernel = _next(order)
+        if kernel is None:
             break
-        # What takes longest in all; a long search without a gain lowers what is hoped from more of it.
-        kernel = live[0] if fresh else max(live, key=lambda k: k.weight * min(k.best, 1e3) / (1 + k.trials / 64))
         at.write_text(kernel.name, encoding="utf-8")
-        kernel.one_round((_FIRST if kernel.arithmetic > light else 1) if fresh else _NEXT, stop)
+        kernel.one_round(_NEXT if kernel.trials else _FIRST, stop)
     return 0
 
 
