@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import decoders
 import pytest
@@ -182,6 +183,25 @@ def test_ways_to_attend(kind: Callable[[], nn.Module], caches: int) -> None:
     assert proof.max_rel < 1e-5
     assert proof.first_difference is None
     assert len(derived.caches) == caches
+
+
+def test_prefill_gives_no_logits_but_the_last() -> None:
+    """The head runs at one position: no tensor is [batch, length, vocabulary]."""
+    shapes = []
+
+    class Shapes(torch.fx.Interpreter):
+        def run_node(self, n: torch.fx.Node) -> Any:
+            value = super().run_node(n)
+            shapes.append(tuple(getattr(value, "shape", ())))
+            return value
+
+    model = decoders.Sink()
+    with eval_mode(model):
+        derived, _ = with_cache(model, torch.zeros(2, 8, dtype=torch.int64), capacity=CAPACITY, most=3)
+        Shapes(derived.prefill).run(torch.zeros(2, 7, dtype=torch.int64))
+
+    assert (2, 1, decoders.TOKENS) in shapes
+    assert (2, 7, decoders.TOKENS) not in shapes
 
 
 def _positional(module: nn.Module) -> Callable[[Sequence[torch.Tensor]], Sequence[torch.Tensor]]:

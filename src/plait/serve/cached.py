@@ -102,13 +102,42 @@ def _prefill(source: Positions, order: list[fx.Node], capacity: int) -> fx.Graph
             made[node] = graph.node_copy(node, lambda n: made[n])
     length = graph.call_function(aten.sym_size.int, (made[source.tokens], 1))
     rest = graph.call_function(operator.sub, (capacity, length))
-    outputs = [_last(graph, made[source.logits])]
+    outputs = [_last(graph, _head(source, graph, made))]
     for node in order:
         behind = node.meta["val"].dim() - 1 - _dim(source, node)
         padding: Any = [*([0, 0] * behind), 0, rest]
         outputs.append(graph.call_function(aten.constant_pad_nd.default, (made[node], padding, 0)))
     graph.output(tuple(outputs))
+    graph.eliminate_dead_code()
     return _as_module(source.module, graph)
+
+
+def _head(source: Positions, graph: fx.Graph, made: dict[fx.Node, fx.Node]) -> fx.Node:
+    """The logits of the last position alone, [batch, 1, vocabulary]: all of them may be more than everything else in memory."""
+    chain: list[fx.Node] = []
+    at = source.logits
+    while (before := _alone(source, at)) is not None:
+        chain.append(at)
+        at = before
+    row = made[at]
+    if chain:
+        row = graph.call_function(aten.unsqueeze.default, (_last(graph, row), 1))
+    own = {**made, at: row}
+    for node in reversed(chain):
+        own[node] = graph.node_copy(node, lambda n: own[n])
+    return own[source.logits]
+
+
+def _alone(source: Positions, node: fx.Node) -> fx.Node | None:
+    """The one input [batch, length, ...] that an operator acts on position by position; None: it is not of that kind."""
+    inputs = [n for _, n in leaves(node) if isinstance(n, fx.Node)]
+    long = [n for n in inputs if n in source.long or source.is_size(n)]
+    if len(long) != 1 or long[0] not in source.data or source.dims(long[0]) != {1: EXACT}:
+        return None
+    found = need(source, node, source.one(node))
+    if found is None or source.dims(node) != {1: EXACT} or source.one(long[0]) not in found.views.values():
+        return None
+    return long[0]
 
 
 class _Cut:
