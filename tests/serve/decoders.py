@@ -175,6 +175,18 @@ class Written(Base):
         return (F.softmax(scores, -1) @ v).transpose(1, 2).flatten(2)
 
 
+class Regions(Written):
+    """Regions without autocast and with gradients, which capture keeps apart; or one with autocast."""
+
+    def __init__(self, autocast: bool = False) -> None:
+        super().__init__()
+        self.autocast = autocast
+
+    def attend(self, x, tokens):
+        with torch.autocast("cpu", enabled=self.autocast), torch.enable_grad():
+            return super().attend(x, tokens).float()
+
+
 class Convolved(Base):
     """Queries, keys and values pass a short causal convolution; the last token's value is mixed in."""
 

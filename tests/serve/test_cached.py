@@ -164,6 +164,7 @@ def test_greedy_tokens_are_those_of_the_model(kind: type[nn.Module], tmp_path: P
         (decoders.Window, 4),  # keys, values and values of the second, and the tokens, for padding
         (decoders.Experts, 2),
         (decoders.Written, 3),  # and the tokens
+        (decoders.Regions, 3),
         (decoders.Convolved, 4),  # and the inputs of the shift and of the convolution
         (decoders.LengthFirst, 2),
         (partial(decoders.Torch, "attention"), 4),
@@ -171,7 +172,9 @@ def test_greedy_tokens_are_those_of_the_model(kind: type[nn.Module], tmp_path: P
         (partial(decoders.Torch, "length first"), 4),
         (partial(Hand, "before"), 3),  # and the input of the running sum
     ],
-    ids=str.split("sink alibi einsum turned complex latent window experts written conv fairseq mha encoder seq sum"),
+    ids=str.split(
+        "sink alibi einsum turned complex latent window experts written regions conv fairseq mha encoder seq sum"
+    ),
 )
 def test_ways_to_attend(kind: Callable[[], nn.Module], caches: int) -> None:
     """Position by position every one gives the logits and the tokens that it gives at once; and caches no more than that."""
@@ -225,9 +228,10 @@ def test_the_cache_holds_key_heads_before_they_are_repeated(tmp_path: Path) -> N
         (Fused(is_causal=False), "attends to later positions"),
         (Alone(), "no position's result depends on another's"),
         (Scans(), "for i in range(tokens.shape[1]):"),
+        (decoders.Regions(autocast=True), "autocast is switched on around it"),
         (Recurrent(), "self.head(self.state(self.token(tokens))[0])"),
     ],
-    ids=str.split("softmax weights bidirectional fused alone scan lstm"),
+    ids=str.split("softmax weights bidirectional fused alone scan autocast lstm"),
 )
 def test_what_mixes_positions_is_refused(model: nn.Module, words: str, tmp_path: Path) -> None:
     """By its operator and the user's line."""
@@ -235,7 +239,7 @@ def test_what_mixes_positions_is_refused(model: nn.Module, words: str, tmp_path:
         _subject(model, tmp_path)
 
     assert words in str(caught.value)
-    assert "test_cached.py" in str(caught.value)
+    assert "tests/serve/" in str(caught.value)
 
 
 def test_a_prompt_that_does_not_fit_is_refused(tmp_path: Path) -> None:

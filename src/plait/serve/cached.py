@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from plait.capture.inline import inline_regions
 from plait.serve.needs import Need, need
 from plait.serve.positions import ALL, EXACT, FLAT, Path, Positions, View, arguments_of, kind_of, leaves, size_of
 
@@ -67,7 +68,11 @@ def derive(program: torch.export.ExportedProgram, capacity: int) -> Derived:
             warnings.simplefilter("ignore")  # of torch, about its own use of pytrees
             program = program.run_decompositions({})
     module: Any = program.module(check_guards=False)
+    inline_regions(module)
     source = Positions(module, capacity)
+    for node in source.nodes:
+        if node.meta.get("autocast"):
+            source.refuse(node, "autocast is switched on around it, which a program with a cache does not do")
     cut = _Cut(source)
     order = [n for n in source.nodes if n in cut.points]
     caches = [_spec(source, node, f"cache_{i}", capacity) for i, node in enumerate(order)]

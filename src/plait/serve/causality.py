@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from plait.capture.inline import inline_regions
 from plait.serve.positions import EXACT, Positions, kind_of, line_of
 
 __all__ = ["looks_ahead"]
@@ -21,6 +22,7 @@ def looks_ahead(program: torch.export.ExportedProgram, tokens: torch.Tensor, cap
     Results are compared that hold one dim of positions and follow from the tokens.
     """
     module: Any = program.module(check_guards=False)
+    inline_regions(module)
     source = Positions(module, capacity)
     half = tokens.shape[1] // 2
     whole = _Rows(source, half)

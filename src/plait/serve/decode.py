@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,8 @@ def add_decoder(
     derived, proof = with_cache(module, inputs, capacity=capacity, most=most)
     entries = dict(subject.entries)
     for name in ("prefill", "decode"):
-        entries[name] = _entry(subject.folder, name, derived, capacity, most)
+        with _told(f"{name} cannot be exported"):
+            entries[name] = _entry(subject.folder, name, derived, capacity, most)
         sizes = (2, 1, most) if "batch" in entries[name].dims else (2, 2, 2)
         samples = _inputs_of(name, derived, capacity, sizes)
         entries[name] = _with_samples(
@@ -86,11 +88,29 @@ def with_cache(module: nn.Module, inputs: Any, *, capacity: int, most: int) -> t
     """
     call = _call_of(module, inputs)
     program = _program(module, call, capacity, most)
-    derived = derive(program, capacity)
-    proof = prove(derived, call, capacity)
+    with _told("the programs with a cache cannot be made, or do not run"):
+        derived = derive(program, capacity)
+        proof = prove(derived, call, capacity)
     if not proof.max_rel <= LOGITS:
         raise _unequal(program, call, capacity, proof)
     return derived, proof
+
+
+@contextmanager
+def _told(what: str) -> Iterator[None]:
+    """What goes wrong in programs that are derived is a reason to go without a cache, and no reason to stop the export."""
+    try:
+        yield
+    except ServeError:
+        raise
+    except Exception as problem:
+        lines = [line.strip() for line in str(problem).splitlines() if line.strip()]
+        user = [line for line in lines if line.startswith('File "') and "/torch/" not in line and "/plait/" not in line]
+        where = "".join(f"\n\n  {line}" for line in user[-1:])
+        raise ServeError(
+            f"decode: {what}: {type(problem).__name__}: {(lines or [''])[0][:200]}{where}",
+            hint="generate with the exported forward, which recomputes the prefix",
+        ) from None
 
 
 def _unequal(program: Any, call: Callable[[torch.Tensor], torch.Tensor], capacity: int, proof: Proof) -> ServeError:
