@@ -290,6 +290,7 @@ def test_a_smaller_batch_that_costs_the_same_is_taken():
     [
         ({"throughput": 1e12}, "no offer meets --throughput 1e+12"),
         ({"precision": "tf32"}, "no runtime is known to serve in tf32"),
+        ({"any_plan": True}, "--any-plan and --task serve clash"),
         ({"only": ("hf:tflite",)}, "TensorFlow Lite has been retired"),
     ],
 )

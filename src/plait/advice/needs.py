@@ -156,6 +156,11 @@ class Needs(Record):
             raise RequestError(
                 f"{given[0]} and --task {self.task} clash: it is a need of serving", hint="add --task serve"
             )
+        if self.task == "serve" and (self.any_plan or self.runnable_only):
+            raise RequestError(
+                f"--{'any-plan' if self.any_plan else 'runnable'} and --task serve clash: it chooses among plans of training",
+                hint="drop one of the two",
+            )
         if self.task != "finetune" and self.trainable != "all":
             raise RequestError(
                 f"--trainable {self.trainable} and --task {self.task} clash: only fine-tuning trains a part of a model",
