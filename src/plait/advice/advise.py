@@ -198,7 +198,7 @@ def _here(
     graph: Graph, needs: Needs, work: Work, counted: Counted, local: Cluster | None, notes: list[str]
 ) -> Answer | None:
     """This computer, where the model fits and is done soon; a note where that is not known."""
-    if needs.only or needs.clouds or needs.require:
+    if needs.only or needs.clouds or needs.require or needs.precision not in ("", "fp32"):
         return None
     if local is None:
         # A day at 1 TFLOP/s, which few CPUs exceed: only decides whether the note is shown.
