@@ -186,6 +186,8 @@ def test_ways_to_attend(kind: Callable[[], nn.Module], caches: int) -> None:
     assert proof.max_rel < 1e-5
     assert proof.first_difference is None
     assert len(derived.caches) == caches
+    mixing = {"Convolved": {"pad", "slice", "conv1d"}, "Written": {"cumsum"}, "Regions": {"cumsum"}, "Hand": {"cumsum"}}
+    assert {line.split(":")[0] for line in proof.recomputed} == mixing.get(type(model).__name__, set())
 
 
 def test_prefill_gives_no_logits_but_the_last() -> None:

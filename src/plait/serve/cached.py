@@ -27,7 +27,19 @@ from torch import fx, nn
 
 from plait.capture.inline import inline_regions
 from plait.serve.needs import Need, need
-from plait.serve.positions import ALL, EXACT, FLAT, Path, Positions, View, arguments_of, kind_of, leaves, size_of
+from plait.serve.positions import (
+    ALL,
+    EXACT,
+    FLAT,
+    Path,
+    Positions,
+    View,
+    arguments_of,
+    kind_of,
+    leaves,
+    line_of,
+    size_of,
+)
 
 __all__ = ["CacheSpec", "Derived", "derive"]
 
@@ -55,6 +67,8 @@ class Derived:
     decode: fx.GraphModule
     """(tokens [batch, 1], position [1], *caches) -> (logits [batch, vocabulary], *caches)"""
     caches: list[CacheSpec] = field(default_factory=list)
+    recomputed: tuple[str, ...] = ()
+    """Operators that every step computes at all positions of the capacity, each with the user's line."""
 
 
 def derive(program: torch.export.ExportedProgram, capacity: int) -> Derived:
@@ -76,7 +90,8 @@ def derive(program: torch.export.ExportedProgram, capacity: int) -> Derived:
     cut = _Cut(source)
     order = [n for n in source.nodes if n in cut.points]
     caches = [_spec(source, node, f"cache_{i}", capacity) for i, node in enumerate(order)]
-    return Derived(_prefill(source, order, capacity), _Decode(cut, order, caches, capacity).module(), caches)
+    decode = _Decode(cut, order, caches, capacity).module()
+    return Derived(_prefill(source, order, capacity), decode, caches, cut.recomputed())
 
 
 def _writes(node: fx.Node) -> bool:
@@ -160,6 +175,16 @@ class _Cut:
                 self._take(node, view)
         if not self.points:
             source.refuse(source.logits, "no position's result depends on another's, so there is nothing to cache")
+
+    def recomputed(self) -> tuple[str, ...]:
+        """Operators on data that one position alone does not do for, with the user's lines."""
+        source = self.source
+        found = [
+            f"{kind_of(node)}: {line_of(node)}"
+            for node in source.nodes
+            if (node, ALL) in self.needs and node in source.data and need(source, node, source.one(node)) is None
+        ]
+        return tuple(dict.fromkeys(found))
 
     def _take(self, node: fx.Node, view: View) -> None:
         source = self.source

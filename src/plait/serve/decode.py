@@ -40,6 +40,8 @@ class Proof:
     """Position of the first token that differs; None: all are the same."""
     margin: float | None
     """There: by how much the model's own logit of its token is ahead of that of the other; about 0 is a tie."""
+    recomputed: tuple[str, ...] = ()
+    """Operators that every step computes at all positions of the capacity, since they mix positions and are no attention."""
 
 
 class _Tokens(nn.Module):
@@ -93,7 +95,7 @@ def with_cache(module: nn.Module, inputs: Any, *, capacity: int, most: int) -> t
         proof = prove(derived, call, capacity)
     if not proof.max_rel <= LOGITS:
         raise _unequal(program, call, capacity, proof)
-    return derived, proof
+    return derived, replace(proof, recomputed=derived.recomputed)
 
 
 @contextmanager
