@@ -19,6 +19,7 @@ from plait.serve.litert import LiteRt
 from plait.serve.simplify import simplified
 from plait.serve.subject import Entry, Sample, Subject, TensorSpec
 from plait.serve.tvm import Tvm, _order, _seconds
+from plait.serve.tvm_graph import SPELLED
 from plait.serve.tvm_tuner import _next
 
 
@@ -205,6 +206,22 @@ def test_seconds_of_tuning_are_a_number(text: str, monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("PLAIT_TVM_SECONDS", text)
     with pytest.raises(ServeError, match=f"PLAIT_TVM_SECONDS={text} is no number of seconds"):
         _seconds()
+
+
+def test_operators_as_tvm_is_given_them():
+    """They compute what torch does."""
+    x, i, j = torch.randn(4, 5, 6, 3), torch.tensor([0, -1, 2]), torch.tensor([[1], [-2]])
+    indexing, truth = SPELLED["aten.index.Tensor"], x[..., 0] > 0
+
+    for name in ("gelu", "sigmoid", "silu"):
+        assert torch.allclose(SPELLED[f"aten.{name}.default"](x), getattr(torch.ops.aten, name)(x), atol=1e-6)
+    assert torch.allclose(
+        SPELLED["aten.gelu.default"](x, approximate="tanh"), nn.functional.gelu(x, approximate="tanh"), atol=1e-6
+    )
+    assert torch.equal(indexing(x, [None, i, j]), x[:, i, j])
+    assert torch.equal(indexing(x, [i]), x[i])
+    assert torch.equal(indexing(x, [i, None, i]), x[i, :, i])
+    assert torch.equal(indexing(x, [truth]), x[truth])
 
 
 def test_the_next_kernel_to_tune():

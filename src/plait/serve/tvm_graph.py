@@ -51,8 +51,32 @@ def _silu(x: torch.Tensor) -> torch.Tensor:
     return x * _sigmoid(x)
 
 
-SPELLED = {"aten.gelu.default": _gelu, "aten.sigmoid.default": _sigmoid, "aten.silu.default": _silu}
-"""Operators by what TVM computes in vectors: by their own names they call the C library for every number."""
+def _index(x: torch.Tensor, indices: Sequence[torch.Tensor | None]) -> torch.Tensor:
+    """x[:, i, j]: of whole numbers for neighbouring dimensions, by one lookup in those dimensions laid together."""
+    import torch
+
+    places = [place for place, index in enumerate(indices) if index is not None]
+    given = [index for index in indices if index is not None]
+    is_block = places == list(range(places[0], places[0] + len(places)))
+    if not is_block or any(index.dtype not in (torch.int64, torch.int32) for index in given):
+        return torch.ops.aten.index.Tensor(x, indices)  # type: ignore[no-any-return]
+    first, last = places[0], places[-1]
+    together = torch.zeros((), dtype=torch.int64)
+    for place, index in zip(places, torch.broadcast_tensors(*given), strict=True):
+        size = x.shape[place]
+        together = together * size + torch.where(index < 0, index + size, index)
+    found = x.flatten(first, last).index_select(first, together.reshape(-1))
+    return found.reshape(*x.shape[:first], *together.shape, *x.shape[last + 1 :])
+
+
+SPELLED = {
+    "aten.gelu.default": _gelu,
+    "aten.sigmoid.default": _sigmoid,
+    "aten.silu.default": _silu,
+    "aten.index.Tensor": _index,
+}
+"""Operators by what TVM computes in vectors, where by their own names they call the C library for every number; and an indexing
+whose shape its importer gets wrong."""
 
 
 def this_processor(threads: int) -> dict[str, Any]:
