@@ -58,13 +58,16 @@ def tensors_in(source: Positions, node: fx.Node) -> list[tuple[Path, fx.Node]]:
     return [(p, leaf) for p, leaf in leaves(node) if isinstance(leaf, fx.Node) and not source.is_size(leaf)]
 
 
-def _mapped(source: Positions, view: View, parent: fx.Node, place: Callable[[int], int | None]) -> View | None:
+def _mapped(
+    source: Positions, node: fx.Node, view: View, parent: fx.Node, place: Callable[[int], int | None]
+) -> View | None:
     """The view of an input whose dim i becomes dim place(i) of the result (None: it is summed over, or searched).
 
-    Positions flattened with others (rows that are given to experts) are taken to be searched for those of one position.
+    Positions flattened with others (rows that are given to experts) are taken to be searched for those of one position, and
+    to be as many as the result's rows where their number is not known beforehand.
     """
-    dims = source.dims(parent)
-    ones = frozenset(i for i, kind in dims.items() if place(i) in view or (kind == FLAT and place(i) is None))
+    dims, after = source.dims(parent), source.dims(node)
+    ones = frozenset(i for i, kind in dims.items() if place(i) in view or (kind == FLAT and place(i) not in after))
     if any(dims[i] == ODD for i in ones):
         return None
     return ones if dims else frozenset({-1})
@@ -75,7 +78,7 @@ def _all_mapped(
 ) -> Need | None:
     views: dict[Path, View] = {}
     for path, parent in tensors_in(source, node):
-        found = _mapped(source, view, parent, lambda i, parent=parent: place(parent, i))  # type: ignore[misc]
+        found = _mapped(source, node, view, parent, lambda i, parent=parent: place(parent, i))  # type: ignore[misc]
         if found is None:
             return None
         views[path] = found
@@ -223,11 +226,11 @@ def product(source: Positions, node: fx.Node, view: View) -> Need | None:
         return None if behind == contracted else behind + rank
 
     views = {
-        left_path: _mapped(source, view, left, lambda i: place(left, i, -1)),
-        right_path: _mapped(source, view, right, lambda i: place(right, i, -2)),
+        left_path: _mapped(source, node, view, left, lambda i: place(left, i, -1)),
+        right_path: _mapped(source, node, view, right, lambda i: place(right, i, -2)),
     }
     for path, parent in parents[:-2]:
-        views[path] = _mapped(source, view, parent, lambda i, parent=parent: i + rank - source.rank(parent))  # type: ignore[misc]
+        views[path] = _mapped(source, node, view, parent, lambda i, parent=parent: i + rank - source.rank(parent))  # type: ignore[misc]
     return _checked(views)
 
 
@@ -269,28 +272,26 @@ def einsum(source: Positions, node: fx.Node, view: View) -> Need | None:
     terms, result = sides[0].split(","), sides[1]
     views: dict[Path, View | None] = {}
     for (path, parent), term in zip(tensors_in(source, node), terms, strict=True):
-        views[path] = _mapped(source, view, parent, lambda i, term=term: result.find(term[i]))  # type: ignore[misc]
+        views[path] = _mapped(source, node, view, parent, lambda i, term=term: result.find(term[i]))  # type: ignore[misc]
     return _checked(views)
 
 
 def attention(source: Positions, node: fx.Node, view: View) -> Need | None:
     """[..., queries, e], keys and values [..., keys, e], a mask that broadcasts to [..., queries, keys]."""
     given, rank = arguments_of(node), source.rank(node)
-    key, mask = given["key"], given["attn_mask"]
-    if rank - 2 in view and source.rank(key) - 2 in source.dims(key) and mask is None and not given["is_causal"]:
+    key, is_masked = given["key"], given["attn_mask"] is not None or given["is_causal"]
+    if rank - 2 in view and source.rank(key) - 2 in source.dims(key) and not is_masked:
         source.refuse(node, "it attends to later positions (neither causal nor masked)")
     views: dict[Path, View | None] = {}
     for path, parent in tensors_in(source, node):
         own = source.rank(parent)
-        consumed = {"query": own - 1, "mask": own - 1}.get("mask" if parent is mask else "query")
-        if parent is not mask and path != (0,):
-            consumed = own - 2
-        views[path] = _mapped(
-            source,
-            view,
-            parent,
-            lambda i, own=own, gone=consumed: None if i == gone else i + rank - own,  # type: ignore[misc]
-        )
+        # Of keys and values all are read, of queries and masks the last dim is summed over.
+        gone = own - 2 if path[0] in (1, 2, "key", "value") else own - 1
+
+        def place(i: int, own: int = own, gone: int = gone) -> int | None:
+            return None if i == gone else i + rank - own
+
+        views[path] = _mapped(source, node, view, parent, place)
     return _checked(views)
 
 
