@@ -218,6 +218,7 @@ def test_operators_as_tvm_is_given_them():
     assert torch.allclose(
         SPELLED["aten.gelu.default"](x, approximate="tanh"), nn.functional.gelu(x, approximate="tanh"), atol=1e-6
     )
+    assert torch.equal(SPELLED["aten.floor_divide.default"](i, 2), i // 2)
     assert torch.equal(indexing(x, [None, i, j]), x[:, i, j])
     assert torch.equal(indexing(x, [i]), x[i])
     assert torch.equal(indexing(x, [i, None, i]), x[i, :, i])

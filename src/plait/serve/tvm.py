@@ -25,6 +25,7 @@ from plait.serve.ladder import Rung, inputs_at, rungs, served, unfit
 from plait.serve.own_environment import interpreter_of, missing_in
 from plait.serve.simplify import simplified
 from plait.serve.subject import Subject
+from plait.serve.tvm_schedules import chosen
 from plait.serve.tvm_tuner import Tuned, tune, without_intrinsics
 
 if TYPE_CHECKING:
@@ -72,6 +73,7 @@ class Tvm(Backend):
         order: dict[str, list[str]] = {}
         record, tuned = folder / "tuning", Tuned()
         laid_out: list[str] = []
+        refused = plain = 0
         with tempfile.TemporaryDirectory(prefix="plait-tvm-") as text, tvm_graph.quiet():
             modules = {}
             for name, rung in steps:
@@ -83,11 +85,12 @@ class Tvm(Backend):
                 groups = list(tasks.values())
                 tuned = tune(groups, described, record, Path(text), seconds=seconds, threads=threads)
             for key, module in modules.items():
-                tvm_graph.drawn(tasks[key], target, record)
-                if tvm_graph.library(module, target, record, folder / f"{key}.so"):
+                schedules = chosen(tasks[key], target, record)
+                refused, plain = refused + schedules.refused, plain + schedules.plain
+                if tvm_graph.library(module, target, schedules.database, folder / f"{key}.so"):
                     laid_out.append(key)
         _save(weights, folder / "weights.safetensors")
-        return {"parameters": order, "laid_out": laid_out, "note": _note(tuned, threads)}
+        return {"parameters": order, "laid_out": laid_out, "note": _note(tuned, threads, refused, plain)}
 
     def load(self, artefact: Artefact) -> Runner:
         """A virtual machine for each rung of the ladder, made when it is first needed."""
@@ -141,13 +144,17 @@ def _module(subject: Subject, name: str, rung: Rung, target: Any) -> tuple[Any, 
     return tvm_graph.lowered(*tvm_graph.imported(program), target)
 
 
-def _note(tuned: Tuned, threads: int) -> str:
-    if not tuned.trials:
-        return "not tuned: schedules as they are drawn"
-    return (
-        f"{tuned.kernels} kernels tuned by MetaSchedule for {threads} threads: {tuned.trials} schedules measured in "
-        f"{tuned.seconds:.0f} s"
-    )
+def _note(tuned: Tuned, threads: int, refused: int, plain: int) -> str:
+    how = "not tuned: schedules as they are drawn"
+    if tuned.trials:
+        how = f"{tuned.kernels} kernels tuned by MetaSchedule for {threads} threads: {tuned.trials} schedules measured"
+        how += f" in {tuned.seconds:.0f} s"
+    parts = [how]
+    if refused:
+        parts.append(f"{refused} schedules refused, since they did not compute what plain loops do")
+    if plain:
+        parts.append(f"{plain} kernels left as plain loops")
+    return "; ".join(parts)
 
 
 def _keep(weights: dict[str, torch.Tensor], value: torch.Tensor) -> str:

@@ -11,8 +11,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from plait.serve.tvm_tuner import space_of_schedules
-
 if TYPE_CHECKING:
     import torch
 
@@ -20,7 +18,6 @@ __all__ = [
     "PREPARE",
     "SPELLED",
     "arrays",
-    "drawn",
     "imported",
     "library",
     "lowered",
@@ -69,14 +66,22 @@ def _index(x: torch.Tensor, indices: Sequence[torch.Tensor | None]) -> torch.Ten
     return found.reshape(*x.shape[:first], *together.shape, *x.shape[last + 1 :])
 
 
+def _floor_divide(x: torch.Tensor, divisor: Any) -> torch.Tensor:
+    import torch
+
+    is_number = not isinstance(divisor, torch.Tensor)
+    return torch.floor_divide(x, torch.full((1,), divisor, dtype=x.dtype) if is_number else divisor)
+
+
 SPELLED = {
+    "aten.floor_divide.default": _floor_divide,
     "aten.gelu.default": _gelu,
     "aten.sigmoid.default": _sigmoid,
     "aten.silu.default": _silu,
     "aten.index.Tensor": _index,
 }
-"""Operators by what TVM computes in vectors, where by their own names they call the C library for every number; and an indexing
-whose shape its importer gets wrong."""
+"""Operators by what TVM computes in vectors, where by their own names they call the C library for every number; an indexing
+whose shape its importer gets wrong; and a division by a number to which it gives another type."""
 
 
 def this_processor(threads: int) -> dict[str, Any]:
@@ -156,41 +161,15 @@ def tasks_of(module: Any, target: Any) -> list[Any]:
     return list(relax_integration.extract_tasks(module, target))
 
 
-def drawn(tasks: Sequence[Any], target: Any, record: Path) -> None:
-    """Add to the record, for each kernel that has none, one schedule drawn from MetaSchedule's space, not measured."""
-    from tvm.s_tir import meta_schedule as ms
-
-    record.mkdir(exist_ok=True)
-    database = ms.database.JSONDatabase(work_dir=str(record))
-    for number, task in enumerate(tasks):
-        kernel = task.dispatched[0]
-        if database.has_workload(kernel) and database.get_top_k(database.commit_workload(kernel), 1):
-            continue
-        context = ms.TuneContext(
-            mod=kernel,
-            target=target,
-            space_generator=space_of_schedules(),
-            search_strategy="replay-trace",
-            num_threads=1,
-            rand_state=number + 1,
-        )
-        designs = context.generate_design_space()
-        context.pre_tuning(1, 1, designs, database, ms.cost_model.RandomModel())
-        for candidate in (context.generate_measure_candidates() or [])[:1]:
-            workload = database.commit_workload(kernel)
-            held = ms.database.TuningRecord(candidate.sch.trace, workload, [1e9], target, candidate.args_info)
-            database.commit_tuning_record(held)
-
-
-def library(module: Any, target: Any, record: Path, path: Path) -> bool:
-    """Write the library of a lowered module with the best schedules of the record; whether it has the function `PREPARE`."""
+def library(module: Any, target: Any, database: Any, path: Path) -> bool:
+    """Write the library of a lowered module with the schedules of a database; whether it has the function `PREPARE`."""
     import tvm
     from tvm import relax
 
     transform = relax.transform
-    with target, tvm.transform.PassContext(opt_level=3):
+    with target, database, tvm.transform.PassContext(opt_level=3):
         after = [
-            transform.MetaScheduleApplyDatabase(str(record)),
+            transform.MetaScheduleApplyDatabase(),
             transform.SplitLayoutRewritePreproc(),
             transform.LiftTransformParams(),
             transform.FoldConstant(),

@@ -17,12 +17,12 @@ import subprocess
 import sys
 import time
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Tuned", "space_of_schedules", "tune", "without_intrinsics"]
+__all__ = ["Tuned", "space_of_schedules", "tune", "values_for", "without_intrinsics"]
 
 _FIRST = 2  # schedules of every kernel before any gets more
 _NEXT = 8
@@ -195,21 +195,14 @@ class _Kernel:
 
 
 def measured(candidate: Any, target: Any, best: float) -> float:
-    """Seconds of a schedule on random values (zeros where whole numbers may be indices)."""
-    import numpy as np
+    """Seconds of a schedule on random values."""
     import tvm
     from tvm.s_tir.transform import RemoveWeightLayoutRewriteBlock
 
     with target:
         module = RemoveWeightLayoutRewriteBlock(skip_tensor_rewrite=True)(candidate.sch.mod)
         library = tvm.tirx.build(module, target=target)
-    generator = np.random.default_rng(0)
-    arguments = []
-    for info in candidate.args_info:
-        shape, dtype = tuple(int(size) for size in info.shape), str(info.dtype)
-        is_float = dtype.startswith("float")
-        value = np.asarray(generator.random(shape) if is_float else np.zeros(shape)).astype(dtype)
-        arguments.append(tvm.runtime.tensor(value))
+    arguments = values_for(candidate.args_info)
     function = library["main"]
     function(*arguments)
     begin = time.perf_counter()
@@ -232,6 +225,23 @@ def _next(kernels: Sequence[_Kernel]) -> _Kernel | None:
         totals[kernel.group] = totals.get(kernel.group, 0.0) + kernel.cost
     # A long search lowers what is hoped from more of it.
     return max(live, key=lambda kernel: kernel.cost / totals[kernel.group] / (1 + kernel.trials / 32))
+
+
+def values_for(arguments: Iterable[Any]) -> list[Any]:
+    """TVM tensors for a kernel's arguments: random numbers and truth values, zeros where whole numbers may be places in a table."""
+    import numpy as np
+    import tvm
+
+    generator = np.random.default_rng(0)
+    found = []
+    for info in arguments:
+        shape, dtype = tuple(int(size) for size in info.shape), str(info.dtype)
+        is_number = dtype.startswith("float")
+        value = generator.random(shape, dtype="float32") if is_number or dtype == "bool" else np.zeros(shape)
+        found.append(
+            tvm.runtime.tensor(np.asarray(value if dtype != "bool" else np.asarray(value) < 0.5).astype(dtype))
+        )
+    return found
 
 
 def main(path: str) -> int:
