@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from plait.errors import ServeError
 from plait.serve.backend import Artefact, Backend
 from plait.serve.decode import add_decoder
+from plait.serve.generation import generation
 from plait.serve.onnx_file import check_onnx
 from plait.serve.onnxruntime import OnnxRuntime
 from plait.serve.openvino import OpenVino
@@ -56,7 +57,7 @@ def subject(tmp_path_factory: pytest.TempPathFactory) -> Subject:
     ids=lambda value: getattr(value, "name", ""),
 )
 def test_weights_are_written_once(backend: Backend, file: str, subject: Subject, tmp_path: Path) -> None:
-    """No file but one has the size of the weights; every entry point gives eager's outputs."""
+    """One file has the weights; every entry point gives eager's outputs, and greedily the same tokens."""
     if backend.missing():
         pytest.skip(backend.missing())
     facts = backend.export(subject, tmp_path, "fp32")
@@ -70,6 +71,10 @@ def test_weights_are_written_once(backend: Backend, file: str, subject: Subject,
         for sample in entry.samples:
             for got, expected in zip(run(subject.inputs(sample, name)), subject.outputs(sample, name), strict=True):
                 torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+    made = generation(backend, subject, tmp_path, facts, "fp32", 1, timed=False)
+
+    assert made["tokens"] == 16 + 1 - made["prompt"]
+    assert made["equal"]
 
 
 def test_other_weights_are_refused(subject: Subject, tmp_path: Path) -> None:

@@ -61,6 +61,15 @@ def generation(
     def logits(tokens: torch.Tensor) -> torch.Tensor:
         return forward(all_inputs(roles, dtypes, tokens))[place]
 
+    if which == "exported" and own_entry.dims.get("length", (1, 0))[1] < room:
+        # The forward ends at the sample's length; prefill is the same graph up to the cache's.
+        prefill = subject.program("prefill").module(check_guards=False)
+
+        def logits(tokens: torch.Tensor) -> torch.Tensor:
+            with torch.no_grad():
+                last: torch.Tensor = prefill(tokens)[0]
+            return last[:, None]
+
     own = _own_generate(module, logits)
     limits = facts.get("serves")
 
