@@ -15,10 +15,10 @@ __all__ = ["Aoti"]
 
 
 _VARIANTS: Mapping[str, Mapping[str, Any]] = {
-    # Weights become constants, laid out for the kernels that read them.
-    "freezing": {"freezing": True},
     # Inductor's tuner: for each matrix multiplication the quickest of its own C++ templates and the library's, on this machine.
     "autotune": {"freezing": True, "max_autotune": True, "max_autotune_gemm_backends": "CPP,ATEN"},
+    # Weights become constants, laid out for the kernels that read them.
+    "freezing": {"freezing": True},
 }
 
 
@@ -58,7 +58,9 @@ class Aoti(Backend):
             else:
                 program = cast(program, precision)
             torch._inductor.aoti_compile_and_package(
-                program, package_path=str(folder / f"{name}.pt2"), inductor_configs=dict(_VARIANTS.get(self.variant, {}))
+                program,
+                package_path=str(folder / f"{name}.pt2"),
+                inductor_configs=dict(_VARIANTS.get(self.variant, {})),
             )
         return {"note": "runs on processors with this one's instructions, with the same torch"}
 

@@ -53,6 +53,8 @@ def variant_rows(
             found = job.row(row["backend"], places[row["backend"]], row["precision"], variant=variant, limit=limit)
             if found["status"] == "ok":
                 made.append(found)
+            elif limit is not None and time.monotonic() >= end:
+                left.append(f"{name}: not made within {limit:.0f} s; raise --tune-seconds")
             else:
                 left.append(f"{name}: {found.get('error', found['status'])}")
     for text in left:
