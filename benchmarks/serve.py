@@ -210,8 +210,8 @@ def latency_lines(rows: dict[str, list[dict[str, Any]]]) -> list[str]:
             "the model's code imports."
         ),
         "",
-        "| model | batch | runtime | precision | p50 ms | eager ms | of eager | cosine | target |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| model | batch | threads | runtime | precision | p50 ms | eager ms | of eager | cosine | target |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for model, found in rows.items():
         timed = [(row, one) for row in found for one in row.get("latency", ())]
@@ -220,7 +220,7 @@ def latency_lines(rows: dict[str, list[dict[str, Any]]]) -> list[str]:
                 data = row.get("data") or {}
                 target = 0.5 if row["precision"].startswith("int8") else TARGETS.get(model, "")
                 lines.append(
-                    f"| {model} | {batch} | {row['backend']} | {row['precision']} | {one['backend']['p50_ms']:.2f} | "
+                    f"| {model} | {batch} | {one['threads']} | {row['backend']} | {row['precision']} | {one['backend']['p50_ms']:.2f} | "
                     f"{one['eager']['p50_ms']:.2f}{' (program)' if one['baseline'] == 'exported' else ''} | {one['ratio']:.2f} | {data.get('cosine', 1):.4f} | {target} |"
                 )
     return lines

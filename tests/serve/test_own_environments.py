@@ -285,7 +285,7 @@ class Decoder(nn.Module):
         return self.head(x + attended.transpose(1, 2).flatten(2))
 
 
-@pytest.mark.parametrize("name", ["litert", "tvm"])
+@pytest.mark.parametrize("name", ["litert", pytest.param("tvm", marks=pytest.mark.slow)])
 def test_a_decoder_generates_the_same_tokens(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Prompts of every length, from graphs of fixed ones; each sample of prefill and decode is held against eager."""
     made(name)

@@ -2,7 +2,8 @@
 
 TVM's transformations are not always right: a layout of weights may be worked out from accesses that do not show all of it. So
 every schedule is held against the kernel's plain loops on random values before it is used, the next one follows where it differs,
-and where none is left a kernel stays plain loops: slow, and right.
+and where none is left a kernel stays plain loops: slow, and right. Plain loops of large kernels would take seconds each; those are
+held against another schedule, and the whole model's outputs against eager's, as always.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ __all__ = ["Chosen", "chosen"]
 
 _MEASURED = 4  # of the record, the quickest first
 _DRAWN = 4
+_LARGE = 3e8  # FLOP; plain loops do 10^9 a second or less
 _EQUAL = 1e-4  # largest difference over the largest value: sums of 10^4 float32 numbers in another order stay below
 
 
@@ -35,6 +37,7 @@ class Chosen:
 
 def chosen(tasks: Sequence[Any], target: Any, record: Path) -> Chosen:
     """A schedule that is right for every task, from the record of a tuning or drawn from MetaSchedule's space."""
+    from tvm.s_tir import analysis
     from tvm.s_tir.meta_schedule.database import JSONDatabase, TuningRecord
 
     record.mkdir(exist_ok=True)
@@ -42,8 +45,10 @@ def chosen(tasks: Sequence[Any], target: Any, record: Path) -> Chosen:
     found = Chosen()
     for number, task in enumerate(tasks):
         kernel = task.dispatched[0]
-        expected = _outputs(kernel, target)
-        for trace, arguments in _candidates(kernel, target, measured, number + 1):
+        candidates = list(_candidates(kernel, target, measured, number + 1))
+        is_large = analysis.estimate_tir_flops(kernel) > _LARGE and candidates
+        expected = _outputs(_scheduled(kernel, candidates[-1][0]) if is_large else kernel, target)
+        for trace, arguments in candidates:
             if _is_right(kernel, trace, expected, target):
                 workload = found.database.commit_workload(kernel)
                 found.database.commit_tuning_record(TuningRecord(trace, workload, [1.0], target, arguments))
@@ -77,12 +82,9 @@ def _candidates(kernel: Any, target: Any, measured: Any, seed: int) -> Iterator[
 
 def _is_right(kernel: Any, trace: Any, expected: Sequence[Any], target: Any) -> bool:
     import numpy as np
-    from tvm import s_tir
 
     try:
-        schedule = s_tir.Schedule(kernel)
-        trace.apply_to_schedule(schedule, remove_postproc=False)
-        found = _outputs(schedule.mod, target)
+        found = _outputs(_scheduled(kernel, trace), target)
     except Exception:  # whatever it cannot do, the next one may
         return False
     for got, want in zip(found, expected, strict=True):
@@ -90,6 +92,14 @@ def _is_right(kernel: Any, trace: Any, expected: Sequence[Any], target: Any) -> 
         if not np.allclose(got, want, rtol=0, atol=_EQUAL * max(largest, 1e-30), equal_nan=True):
             return False
     return True
+
+
+def _scheduled(kernel: Any, trace: Any) -> Any:
+    from tvm import s_tir
+
+    schedule = s_tir.Schedule(kernel)
+    trace.apply_to_schedule(schedule, remove_postproc=False)
+    return schedule.mod
 
 
 def _outputs(module: Any, target: Any) -> list[Any]:
