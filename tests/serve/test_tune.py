@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import stat
 import sys
 import time
@@ -290,6 +291,7 @@ def test_a_record_of_another_machine(exported: Any, tmp_path: Path) -> None:
         data = json.loads((out / "tune.json").read_text())
         for one in (data["best"], data["trials"][0]["configuration"]):
             one.update({"threads": 1, "cpus": [], "knobs": {}, **best})
+        data["identities"] = {data["best"]["artefact"]: next(iter(data["identities"].values()))}
         data["best"] = data["trials"][0]["configuration"]
         data["trials"] = data["trials"][:1]
         data["machine"]["processor"] = "Z80"
@@ -303,6 +305,9 @@ def test_a_record_of_another_machine(exported: Any, tmp_path: Path) -> None:
         load_tuned(changed(threads=999))
     with pytest.warns(UserWarning, match="another machine"):
         load_tuned(changed())
+    shutil.copytree(out / "torch", tmp_path / "torch")  # the whole folder was moved
+    with pytest.warns(UserWarning, match="another machine"):
+        assert load_tuned(changed(artefact="gone/torch")).folder == tmp_path / "torch"
     with pytest.warns(UserWarning, match="Z80"), pytest.raises(ServeError, match="no setting shell='rm'"):
         load_tuned(changed(knobs={"shell": "rm"}))
 

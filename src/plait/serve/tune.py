@@ -72,7 +72,7 @@ def tune(
 def load_tuned(record: str | os.PathLike[str], *, folder: str | os.PathLike[str] | None = None) -> Any:
     """The best artefact of a record, loaded with its settings; nothing is measured.
 
-    `folder`: where the artefact is now, if elsewhere. Cores are set for this whole process; what only the environment can
+    `folder`: where the artefact is; by default the one of its name beside the record, else where it was. Cores are set for this whole process; what only the environment can
     say (`Configuration.environment`) is for whoever starts it. A record of another machine is used with a warning.
 
     Raises:
@@ -83,7 +83,8 @@ def load_tuned(record: str | os.PathLike[str], *, folder: str | os.PathLike[str]
 
     found = Record.read(Path(record))
     best = found.best
-    place = Path(folder) if folder is not None else Path(best.artefact)
+    beside = Path(record).parent / Path(best.artefact).name
+    place = Path(folder) if folder is not None else beside if beside.is_dir() else Path(best.artefact)
     manifest = Manifest.read(place)
     if found.identities.get(best.artefact) != identity(place):
         raise ServeError(
