@@ -89,6 +89,7 @@ def measure(model: str, task: str, own: Path | None) -> dict:
         "memory_parts_gib": first["memory_parts_gib"],
         "memory_gib": first.get("peak_memory_gib", first.get("memory_gib")),
         "speed": first.get("tokens_per_s", first.get("throughput_per_s")),
+        "mfu": first["mfu"],
         "plan": first["spec"],
         "advice": answer["advice"],
     }
@@ -100,7 +101,7 @@ def table(rows: list[dict]) -> str:
         "# Advice on seven models",
         "",
         "Made by `python benchmarks/advise.py`; the options of each row are in `benchmarks/results/advise.json`. Seconds are of whole",
-        "processes on a virtual machine with 2 cores that other work shared (an upper limit); cold is without any kept capture. Dollars are on demand: hours x dollars an",
+        "processes on a virtual machine with 2 cores and light other work; cold is without any kept capture. Dollars are on demand: hours x dollars an",
         "hour, for the tokens or samples named (defaults; see [advice](advise.md)). Fine-tuning trains adapters of rank 16 (all",
         "parameters of the recommender: its tables take none). Prices are of the shipped catalogue; many have no date.",
         "",
