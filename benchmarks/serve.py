@@ -207,7 +207,7 @@ def latency_lines(rows: dict[str, list[dict[str, Any]]]) -> list[str]:
         (
             "p50 of the runtime over p50 of eager, taken in turn in one process. Under 1 is quicker. Eager is the user's own module; "
             "`(program)`: the exported program's module in the same release of torch, since the runtime's own environment lacks what "
-            "the model's code imports."
+            "the model's code imports. Rows of one thread were taken while other work ran on the other core."
         ),
         "",
         "| model | batch | threads | runtime | precision | p50 ms | eager ms | of eager | cosine | target |",
