@@ -7,7 +7,7 @@ imported ─▶ what depends on weights alone worked out now (weights turned, ba
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,6 +52,7 @@ def _index(x: torch.Tensor, indices: Sequence[torch.Tensor | None]) -> torch.Ten
     """x[:, i, j]: of whole numbers for neighbouring dimensions, by one lookup in those dimensions laid together."""
     import torch
 
+    spread: Any = torch.broadcast_tensors
     places = [place for place, index in enumerate(indices) if index is not None]
     given = [index for index in indices if index is not None]
     is_block = places == list(range(places[0], places[0] + len(places)))
@@ -59,7 +60,7 @@ def _index(x: torch.Tensor, indices: Sequence[torch.Tensor | None]) -> torch.Ten
         return torch.ops.aten.index.Tensor(x, indices)  # type: ignore[no-any-return]
     first, last = places[0], places[-1]
     together = torch.zeros((), dtype=torch.int64)
-    for place, index in zip(places, torch.broadcast_tensors(*given), strict=True):
+    for place, index in zip(places, spread(*given), strict=True):
         size = x.shape[place]
         together = together * size + torch.where(index < 0, index + size, index)
     found = x.flatten(first, last).index_select(first, together.reshape(-1))
@@ -73,7 +74,7 @@ def _floor_divide(x: torch.Tensor, divisor: Any) -> torch.Tensor:
     return torch.floor_divide(x, torch.full((1,), divisor, dtype=x.dtype) if is_number else divisor)
 
 
-SPELLED = {
+SPELLED: dict[str, Callable[..., Any]] = {
     "aten.floor_divide.default": _floor_divide,
     "aten.gelu.default": _gelu,
     "aten.sigmoid.default": _sigmoid,

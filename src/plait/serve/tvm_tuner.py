@@ -236,11 +236,9 @@ def values_for(arguments: Iterable[Any]) -> list[Any]:
     found = []
     for info in arguments:
         shape, dtype = tuple(int(size) for size in info.shape), str(info.dtype)
-        is_number = dtype.startswith("float")
-        value = generator.random(shape, dtype="float32") if is_number or dtype == "bool" else np.zeros(shape)
-        found.append(
-            tvm.runtime.tensor(np.asarray(value if dtype != "bool" else np.asarray(value) < 0.5).astype(dtype))
-        )
+        drawn: Any = generator.random(shape, dtype="float32")
+        value = drawn if dtype.startswith("float") else drawn < 0.5 if dtype == "bool" else np.zeros(shape)
+        found.append(tvm.runtime.tensor(np.asarray(value).astype(dtype)))
     return found
 
 
