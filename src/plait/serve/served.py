@@ -55,7 +55,9 @@ def load(
         chosen = place_here()
         threads, reason = chosen.threads, chosen.reason
     elif threads < 1:
-        raise ServeError(f"{place}: threads={threads} is not a number of threads", hint="give 1 or more, or leave it away")
+        raise ServeError(
+            f"{place}: threads={threads} is not a number of threads", hint="give 1 or more, or leave it away"
+        )
     return Served(place, manifest, backend, threads, knobs, reason)
 
 

@@ -105,6 +105,8 @@ class Search:
         self._seen: dict[Configuration, dict[str, Any]] = {}
         self._relative: dict[Configuration, float] = {}
         """Cost over the default's in the same round, the latest."""
+        self._least: dict[Configuration, float] = {}
+        """Seconds a sample in the fastest of its rounds."""
         self._round = 0
 
     def run(self) -> list[dict[str, Any]]:
@@ -115,10 +117,15 @@ class Search:
             if winner is None or time.monotonic() >= self._search_end:
                 break
             group = self._next_group(winner)
-        best = sorted(self._relative, key=lambda c: self._relative[c])[:_FINALISTS]
-        if best:
-            self._confirm([self._space.default, *best])
+        if self._relative:
+            self._confirm([self._space.default, *self._finalists()])
         return list(self._seen.values())
+
+    def _finalists(self) -> list[Configuration]:
+        """The best beside the default of its own round, and the best in seconds: a disturbed round misleads one of the two."""
+        relative = sorted(self._relative, key=lambda c: self._relative[c])
+        absolute = sorted(self._least, key=lambda c: self._least[c])
+        return list(dict.fromkeys([relative[0], absolute[0], *relative]))[:_FINALISTS]
 
     def _first_group(self) -> list[Configuration]:
         default = self._space.default
@@ -205,6 +212,7 @@ class Search:
                 self._note(one, trial.seconds, slow)
                 if one != default and trial.cost < float("inf"):
                     self._relative[one] = trial.cost / base
+                    self._least[one] = min(self._least.get(one, float("inf")), trial.cost)
             good = [one for one in live if live[one].cost < float("inf")]
             return min(good, key=lambda c: live[c].cost, default=None)
 
