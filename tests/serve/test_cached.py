@@ -244,6 +244,23 @@ def test_what_mixes_positions_is_refused(model: nn.Module, words: str, tmp_path:
     assert "tests/serve/" in str(caught.value)
 
 
+def test_prefill_and_decode_are_spelled_for_runtimes(tmp_path: Path) -> None:
+    """As the forward is: no operator is left that only torch knows."""
+
+    class Counted(Fused):
+        def forward(self, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
+            outputs = super().forward(tokens)
+            ones = outputs["logits"].new_ones(outputs["logits"].shape[-1:])
+            return {"logits": outputs["logits"] * ones}
+
+    subject = _subject(Counted(), tmp_path)
+    for name in ("prefill", "decode"):
+        assert not {str(n.target) for n in subject.program(name).graph.nodes} & {
+            "aten.new_ones.default",
+            "aten.view.default",
+        }
+
+
 def test_a_prompt_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     """With the room there is, and what to export instead."""
     entries = _subject(Fused(), tmp_path).entries

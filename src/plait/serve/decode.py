@@ -20,6 +20,7 @@ from plait.serve.causality import looks_ahead
 from plait.serve.entry import write_sample
 from plait.serve.generate import all_inputs, roles_of
 from plait.serve.positions import line_of, size_of
+from plait.serve.spelled import spelled
 from plait.serve.subject import Entry, Subject, TensorSpec, write_program
 
 __all__ = ["Proof", "add_decoder", "prove", "with_cache"]
@@ -266,7 +267,8 @@ def _entry(folder: Path, name: str, derived: Derived, capacity: int, most: int) 
         open_dims += [{c.shape.index("batch"): most} if "batch" in c.shape else {} for c in derived.caches]
     shapes = tuple({d: Dim.AUTO(max=size) for d, size in dims.items()} or None for dims in open_dims)
     with torch.no_grad():
-        program = torch.export.export(module, tuple(sample), dynamic_shapes=shapes, strict=False)
+        with _no_noise():
+            program = spelled(torch.export.export(module, tuple(sample), dynamic_shapes=shapes, strict=False))
         logits = module(*sample)[0]
     write_program(program, folder / f"{name}.pt2")
     is_open = _is_open(program)
