@@ -37,7 +37,7 @@ def _text(result: Mapping[str, Any]) -> None:
         shown = check["group"] if check["group"] != group else ""
         group = check["group"]
         table.add_row(f"[bold]{shown}[/]", check["name"], _MARK[check["state"]], escape(check["detail"]))
-    console = Console()
+    console = Console(emoji=False)
     console.print(table)
     broken = [check["name"] for check in result["checks"] if check["state"] == "broken"]
     console.print(f"[red]broken:[/] {', '.join(broken)}" if broken else "plait can train and verify here")

@@ -159,7 +159,7 @@ def _progress(quiet: bool) -> Iterator[Callable[[str, str], None]]:
     from rich.console import Console
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-    console = Console(stderr=True, quiet=quiet)
+    console = Console(stderr=True, quiet=quiet, emoji=False)
     if not console.is_terminal:
         yield lambda backend, stage: console.print(f"{backend or 'export'}: {stage}", highlight=False)
         return

@@ -69,7 +69,7 @@ def _list_text(result: Mapping[str, Any]) -> None:
             f"{price:.2f}" if price else "",
             "yes" if d["verified"] else "no",
         )
-    Console(width=None if sys.stdout.isatty() else 160).print(table)
+    Console(width=None if sys.stdout.isatty() else 160, emoji=False).print(table)
 
 
 @app.command("show")

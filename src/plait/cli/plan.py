@@ -97,7 +97,7 @@ def _text(result: Mapping[str, Any]) -> None:
 
     from plait.units import format_seconds
 
-    console = Console(width=None if sys.stdout.isatty() else 160, soft_wrap=True)
+    console = Console(width=None if sys.stdout.isatty() else 160, soft_wrap=True, emoji=False)
     table = Table(box=box.SIMPLE, pad_edge=False)
     for title in ("plan", "step", "tokens/s", "use %", "GiB", "$/1000 steps"):
         table.add_column(title, justify="left" if title == "plan" else "right", overflow="fold")

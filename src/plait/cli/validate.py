@@ -46,7 +46,7 @@ def _text(result: Mapping[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(width=None if sys.stdout.isatty() else 180, soft_wrap=True)
+    console = Console(width=None if sys.stdout.isatty() else 180, soft_wrap=True, emoji=False)
     table = Table(box=box.SIMPLE, pad_edge=False)
     for title in (
         "source",
