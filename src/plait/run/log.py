@@ -21,7 +21,7 @@ class Log:
 
     def __init__(self, run_dir: Path, *, first: bool, quiet: bool = False, append: bool = False) -> None:
         self._first = first
-        self._console = Console(file=sys.stderr, quiet=quiet or not first)
+        self._console = Console(file=sys.stderr, quiet=quiet or not first, emoji=False)
         self._file: Any = None
         self._board: Any = None
         self._progress: Progress | None = None

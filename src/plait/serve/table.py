@@ -28,7 +28,7 @@ def exit_status(report: Mapping[str, Any], asked: str) -> int:
 
 def text(report: Mapping[str, Any]) -> None:
     """What was exported, how long it takes, how accurate it is, and what went wrong, on stdout."""
-    console = Console(width=None if sys.stdout.isatty() else 140)
+    console = Console(width=None if sys.stdout.isatty() else 140, emoji=False)
     weights = "random weights, parity held on moved ones" if report["weights"] == "random" else "weights as given"
     console.print(
         f"{report['model']}: {report['parameter_bytes'] / _MIB:.1f} MiB of parameters, {weights}", highlight=False
