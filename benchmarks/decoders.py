@@ -3,7 +3,7 @@
     python benchmarks/decoders.py [-o decoders.json] [TYPE ...]
 
 Each type is built small (two layers, hidden size 64) with moved random weights, in a process of its own with a time limit; 64 tokens are
-generated greedily by prefill and decode, and the model itself runs once over what was written (`plait.serve.decode.prove`).
+generated greedily by prefill and decode, and the model itself runs once over what was written (`plait.serve.decoding.decode.prove`).
 
     equal       logits within 1e-4 of the model's own (relative to the largest), every token the same
     near        logits within 1e-4, and a token that differs
@@ -99,7 +99,7 @@ def target_of(model_type: str) -> str:
 
 def tried(model_type: str) -> dict[str, Any]:
     """What came of one type."""
-    from plait.serve.decode import with_cache
+    from plait.serve.decoding.decode import with_cache
     from plait.serve.perturb import perturb
     from plait.serve.source import eval_mode, source_of
 

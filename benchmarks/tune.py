@@ -19,8 +19,8 @@ from plait.serve.child import Request
 from plait.serve.isolate import run_child
 from plait.serve.manifest import Manifest, finished_folder
 from plait.serve.registry import backend_at, backends
-from plait.serve.tune import tune
-from plait.serve.tune_record import Configuration
+from plait.serve.tuning.record import Configuration
+from plait.serve.tuning.tune import tune
 
 WORK = Path(__file__).resolve().parent.parent / "runs" / "serve"
 MODELS = "llama,bert,vit,resnet"

@@ -47,7 +47,7 @@ def test_what_is_no_backend_is_refused():
 
 def test_a_missing_package_names_the_extra(monkeypatch):
     """What is not installed is said with the command that installs it, and nothing is imported to find out."""
-    from plait.serve import openvino
+    from plait.serve.runtimes import openvino
 
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
 

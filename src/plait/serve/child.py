@@ -155,7 +155,7 @@ def _export(request: Request, report: Report) -> None:
     report.set(stage="running the data")
     _run_data(backend, subject, folder, facts, request)
     if "decode" in subject.entries:
-        from plait.serve.generation import generation
+        from plait.serve.decoding.generation import generation
 
         report.set(stage="generating")
         found = generation(backend, subject, folder, facts, request.precision, threads, timed=request.seconds > 0)

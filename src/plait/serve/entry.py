@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 
 from plait.capture.trace import _explained, _masks_unread, _no_noise, call_model
 from plait.errors import CaptureError
-from plait.serve.spelled import spelled
+from plait.serve.runtimes.spelled import spelled
 from plait.serve.subject import Entry, Sample, TensorSpec, write_program
 
 __all__ = ["Flat", "export_entry", "write_sample"]

@@ -70,7 +70,7 @@ def export(
         seconds: for timing each batch size with each number of threads; 0: not timed.
         limit: seconds for each backend before it is stopped.
         compiled: whether torch.compile is timed beside eager.
-        tune: seconds to search the fastest settings in, over the artefacts that work (`plait.serve.tune`), at most half of them
+        tune: seconds to search the fastest settings in, over the artefacts that work (`plait.serve.tuning.tune`), at most half of them
             for compiling other variants of them; 0: not at all.
         tune_goal: `latency` of the first batch size, or `throughput` over all of them.
         tune_accuracy: least cosine of a precision below fp32 that may win.
@@ -110,7 +110,7 @@ def export(
             begin = time.monotonic()
             left: list[str] = []
             if tune or wanted:
-                from plait.serve.tune_export import variant_rows
+                from plait.serve.tuning.export import variant_rows
 
                 made, left = variant_rows(rows, job, places, tune / 2, wanted, lambda text: tell("tune", text))
                 rows += made
@@ -125,7 +125,7 @@ def export(
     if decoder is not None:
         report["decoder"] = decoder
     if tune or tune_record is not None:
-        from plait.serve.tune_export import tuned
+        from plait.serve.tuning.export import tuned
 
         try:
             asked = counts if threads else None
@@ -163,12 +163,12 @@ def _numbers(value: int | Sequence[int], what: str) -> tuple[int, ...]:
 def _tuning_checked(seconds: float, record: str | os.PathLike[str] | None, threads: Sequence[int] | None) -> str | None:
     """What artefact a record is of; broken records and counts that cannot be tried are refused before anything is made."""
     if record is not None:
-        from plait.serve.tune_record import Record
+        from plait.serve.tuning.record import Record
 
         found = Record.read(Path(record))
         return found.identities[found.best.artefact]
     if seconds:
-        from plait.serve.tune import check_seconds, check_threads
+        from plait.serve.tuning.tune import check_seconds, check_threads
 
         check_seconds(seconds)
         if threads is not None:
@@ -198,7 +198,7 @@ def _decoder(source: Source, prepared: Prepared, capacity: int, most: int, tell:
         raise ServeError(f"export: --max-length {capacity} must be at least 4")
     from dataclasses import asdict
 
-    from plait.serve.decode import add_decoder
+    from plait.serve.decoding.decode import add_decoder
     from plait.serve.source import eval_mode
 
     tell("", "deriving prefill and decode")

@@ -16,8 +16,8 @@ from plait.capture import batch as batches
 from plait.capture.trace import call_model
 from plait.errors import CheckpointError
 from plait.serve.entry import Flat, export_entry, write_sample
-from plait.serve.huggingface import keep_config
 from plait.serve.perturb import perturb
+from plait.serve.runtimes.huggingface import keep_config
 from plait.serve.source import Source, eval_mode
 from plait.serve.subject import Entry, Sample, Subject, misfit
 

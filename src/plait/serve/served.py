@@ -102,8 +102,8 @@ class Served:
         return self._functions[name]
 
     def generate(self, tokens: torch.Tensor, *, max_new_tokens: int = 64, stop: int | None = None) -> torch.Tensor:
-        """The prompt `tokens` [batch, length] and the most likely tokens after it (`plait.serve.generate`)."""
-        from plait.serve.generate import generate
+        """The prompt `tokens` [batch, length] and the most likely tokens after it (`plait.serve.decoding.generate`)."""
+        from plait.serve.decoding.generate import generate
 
         return generate(self, tokens, max_new_tokens=max_new_tokens, stop=stop)
 

@@ -22,7 +22,7 @@ def start_file(name: str, folder: Path, rows: list[dict[str, Any]], tuned: Mappi
     """
     good = [row["folder"] for row in rows if row["status"] == "ok" and "folder" in row]
     place = Path(tuned["folder"] if tuned else good[0])
-    loaded = f'plait.serve.tune.load_tuned("{folder / "tune.json"}")' if tuned else f'plait.serve.load("{place}")'
+    loaded = f'plait.serve.load_tuned("{folder / "tune.json"}")' if tuned else f'plait.serve.load("{place}")'
     parts = [_HEAD.format(name=name, loaded=loaded, more=_more(tuned), chosen=_chosen())]
     if tuned:
         parts.append(_settings(tuned))

@@ -87,7 +87,7 @@ def _tuned(console: Console, tuned: Mapping[str, Any]) -> None:
         f'{name}="{value}"' if " " in value else f"{name}={value}" for name, value in tuned["environment"].items()
     )
     console.print(
-        f"  start the server with {shell}, and load it by plait.serve.tune.load_tuned({tuned['record']!r})",
+        f"  start the server with {shell}, and load it by plait.serve.load_tuned({tuned['record']!r})",
         highlight=False,
     )
 

@@ -1,0 +1,1 @@
+"""Decoders with a key-value cache, derived from the forward's graph."""

@@ -1,0 +1,1 @@
+"""One file a runtime: what it writes, and how it is run."""

@@ -1,0 +1,131 @@
+"""LiteRT, the successor of TensorFlow Lite, in an environment of its own (`python -m plait.environments make litert`).
+
+Its graphs have fixed sizes. So that one file serves every batch, it holds the graph of every rung of a ladder (`ladder`), as
+signatures that share their weights.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from plait.serve.backend import Artefact, Backend, Runner
+from plait.serve.runtimes.ladder import Rung, inputs_at, rungs, served, unfit
+from plait.serve.runtimes.own_environment import interpreter_of, missing_in
+from plait.serve.subject import Subject
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["LiteRt"]
+
+
+class LiteRt(Backend):
+    """`<entry>.tflite`."""
+
+    name = "litert"
+    imports = ("litert_torch", "ai_edge_litert")
+    distributions = ("litert-torch", "ai-edge-litert")
+    precisions: ClassVar[tuple[str, ...]] = ("fp32", "int8")
+
+    def interpreter(self) -> str:
+        """That of the environment `litert`."""
+        return interpreter_of("litert")
+
+    def missing(self) -> str:
+        """The command that makes the environment."""
+        return missing_in("litert", self.imports)
+
+    def refusal(self, subject: Subject, precision: str) -> str:
+        """What is known before anything is tried."""
+        why = unfit(subject) if len(subject.entries) > 1 else ""
+        return f"litert: {why}" if why else super().refusal(subject, precision)
+
+    def export(self, subject: Subject, folder: Path, precision: str) -> Mapping[str, Any]:
+        """One file for each entry point, with a signature for each batch size of the ladder."""
+        import litert_torch
+        import torch
+
+        for name in subject.entries:
+            program = subject.program(name)
+            options: dict[str, Any] = {}
+            module: Any = program.module(check_guards=False)
+            if precision == "int8":
+                module, options = _quantised(module, subject, name)
+            converter: Any = litert_torch
+            with contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
+                for rung in rungs(subject, name):
+                    converter = converter.signature(rung.name, _Static(module), inputs_at(subject, name, rung))
+                converter.convert(**options).export(str(folder / f"{name}.tflite"))
+        return {}
+
+    def load(self, artefact: Artefact) -> Runner:
+        """A runner for each rung of the ladder; inputs are cast to the types that the file has."""
+        import torch
+        from ai_edge_litert.interpreter import Interpreter
+
+        def interpreter(name: str) -> Any:
+            return Interpreter(model_path=str(artefact.folder / f"{name}.tflite"), num_threads=artefact.threads)
+
+        interpreters = {artefact.entry.name: interpreter(artefact.entry.name)}
+        runners: dict[tuple[str, Rung], Any] = {}
+        wanted = [getattr(torch, spec.dtype) for spec in artefact.entry.outputs]
+
+        def graph(name: str, rung: Rung, inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+            if (name, rung) not in runners:
+                if name not in interpreters:
+                    interpreters[name] = interpreter(name)
+                runners[name, rung] = interpreters[name].get_signature_runner(rung.name)
+            runner = runners[name, rung]
+            details = runner.get_input_details()
+            given = {
+                f"args_{index}": value.detach()
+                .contiguous()
+                .numpy()
+                .astype(details[f"args_{index}"]["dtype"], copy=False)
+                for index, value in enumerate(inputs)
+                if f"args_{index}" in details
+            }
+            results = runner(**given)
+            # Copied: the interpreter writes its next outputs into the same memory.
+            return [torch.from_numpy(results[f"output_{i}"].copy()).to(dtype) for i, dtype in enumerate(wanted)]
+
+        steps = [Rung.parse(key) for key in interpreters[artefact.entry.name].get_signature_list()]
+        return served(artefact.entry, steps, graph)
+
+
+def _Static(module: Any) -> Any:  # noqa: N802  a class that needs torch to exist
+    """The module without the guards of its own export, for another one."""
+    import torch
+
+    class Static(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.module = module
+            self.training = False
+
+        def train(self, mode: bool = True) -> Any:  # an exported program has no other mode
+            return self
+
+        def forward(self, *inputs: torch.Tensor) -> Any:
+            return self.module(*inputs)
+
+    return Static()
+
+
+def _quantised(module: Any, subject: Subject, name: str) -> tuple[Any, dict[str, Any]]:
+    """Weights of linear layers as int8, their inputs quantised as they come."""
+    import torch
+    from litert_torch.quantize.pt2e_quantizer import PT2EQuantizer, get_symmetric_quantization_config
+    from litert_torch.quantize.quant_config import QuantConfig
+    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+
+    quantizer = PT2EQuantizer().set_global(get_symmetric_quantization_config(is_per_channel=True, is_dynamic=True))
+    prepared = prepare_pt2e(module, quantizer)
+    with torch.no_grad():
+        for sample in subject.entries[name].samples:
+            prepared(*subject.inputs(sample, name))
+    return convert_pt2e(prepared, fold_quantize=False), {"quant_config": QuantConfig(pt2e_quantizer=quantizer)}

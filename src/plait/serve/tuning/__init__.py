@@ -1,0 +1,1 @@
+"""Settings that serve an artefact fastest here: searched, recorded, repeated."""
