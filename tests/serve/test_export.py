@@ -223,7 +223,7 @@ def test_a_precision_that_a_runtime_lacks_is_a_row(tmp_path):
     report = plait.export(mlp_job(), "onnxruntime", precision="bf16", output=tmp_path, batch=2, threads=1, seconds=0)
 
     assert report["rows"][0]["status"] == "refused"
-    assert "onnxruntime has no bf16 here; it has fp32, int8, int8-weight" in report["rows"][0]["error"]
+    assert "onnxruntime has no bf16 here; it has fp32, fp16, int8, int8-weight" in report["rows"][0]["error"]
     with pytest.raises(ServeError, match="no precision 'int88'; did you mean 'int8'"):
         plait.export(mlp_job(), "torch", precision="int88")
     with pytest.raises(ServeError, match="--batch 0"):
