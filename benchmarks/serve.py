@@ -17,6 +17,7 @@ import os
 import platform
 import sys
 import sysconfig
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -178,7 +179,8 @@ def write(date: str) -> None:
     RESULTS.mkdir(exist_ok=True)
     stem = RESULTS / f"serve_cpu_{date}"
     stem.with_suffix(".md").write_text("\n".join(lines) + "\n")
-    stem.with_suffix(".json").write_text(json.dumps({"models": MODELS, "rows": rows}, indent=1) + "\n")
+    kept = json.dumps({"models": MODELS, "rows": rows}, indent=1).replace(f"{tempfile.gettempdir()}/", "")
+    stem.with_suffix(".json").write_text(kept + "\n")
     page = ROOT / "docs" / "serve.md"
     before, _, rest = page.read_text().partition("<!-- matrix -->")
     page.write_text(
