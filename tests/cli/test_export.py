@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 
@@ -91,3 +98,38 @@ def test_exit_status(states, asked_for, status):
     rows = [{"backend": f"b{i}", "status": state} for i, state in enumerate(states)]
 
     assert exit_status({"rows": rows}, asked_for) == status
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_terminated_export_ends_the_runtime_that_works(tmp_path):
+    """Nothing goes on by itself, and no folder is left half-written."""
+    command = [sys.executable, "-m", "plait", "export", "examples/gpt.py:job?layers=1&width=32", "--to", "torch"]
+    with subprocess.Popen(
+        [*command, "--output", str(tmp_path / "out"), "--seconds", "60"],
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, "TMPDIR": str(tmp_path), "OMP_NUM_THREADS": "1"},
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+    ) as process:
+        assert process.stderr is not None
+        assert any("torch: timing" in line for line in process.stderr), "it never came to its timing"
+        assert _mentioning(tmp_path)
+        process.terminate()
+        assert process.wait(60) == 128 + signal.SIGTERM
+    until = time.monotonic() + 30
+    while _mentioning(tmp_path) and time.monotonic() < until:
+        time.sleep(0.1)
+    assert not _mentioning(tmp_path)
+    assert not (tmp_path / "out" / "torch").exists()
+
+
+def _mentioning(folder: Path) -> list[str]:
+    """Children of exports that write into the folder: their command lines."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):  # it ended meanwhile
+            words = entry.read_bytes().decode(errors="replace")
+            if "plait.serve.child" in words and str(folder) in words:
+                found.append(words)
+    return found

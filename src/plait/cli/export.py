@@ -113,6 +113,7 @@ def export(
     if tune and tune_record is not None:
         raise typer.BadParameter("either search, or take the settings of a record", param_hint="--tune, --tune-record")
     _settle_torchao()
+    _end_with_children()
     with only_result_on_stdout(json), _progress(json) as tell:
         report = write(
             what,
@@ -134,6 +135,16 @@ def export(
         )
     show(report, json, text)
     return exit_status(report, to)
+
+
+def _end_with_children() -> None:
+    """Being terminated ends the runtime that works now, too; left alone, it would go on for minutes."""
+    import signal
+    import sys
+    import threading
+
+    if threading.current_thread() is threading.main_thread():  # nobody else may set it
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
 
 
 def _settle_torchao() -> None:
