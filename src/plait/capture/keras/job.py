@@ -13,6 +13,7 @@ from plait.capture.job import Job
 from plait.capture.keras.module import (
     KerasModule,
     Shared,
+    in_double,
     is_keras_model,
     keras_with_torch,
     quiet_keras,
@@ -41,7 +42,8 @@ class KerasLoss:
             outputs, extra = outputs["outputs"], outputs["losses"]
         first = pytree.tree_leaves(outputs)[0]
         loss = self._model.value._compile_loss
-        with quiet_keras(first.device), keras.StatelessScope(), ExitStack() as unmeasured:
+        in_full = in_double(is_needed=first.dtype == torch.float64)
+        with quiet_keras(first.device), in_full, keras.StatelessScope(), ExitStack() as unmeasured:
             for metric in loss.metrics:  # running means of each output's loss, whose weights would fix the batch
                 unmeasured.enter_context(mock.patch.object(metric, "update_state", return_value=None))
             value: torch.Tensor = loss(targets, outputs)

@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from plait.capture.naming import register
 from plait.errors import TargetError
 
-__all__ = ["KerasModule", "Shared", "is_keras_model", "keras_with_torch", "quiet_keras"]
+__all__ = ["KerasModule", "Shared", "in_double", "is_keras_model", "keras_with_torch", "quiet_keras"]
 
 
 class Shared:
@@ -107,7 +107,8 @@ class KerasModule(nn.Module):
         mode = {"training": self.training} if model._call_has_training_arg else {}
         variables = [held.value for side in self._order for _, held in side]
         scope = _scope(dict(zip(map(id, variables), [*tensors[0], *tensors[1]], strict=True)))
-        with quiet_keras(tensors[0][0].device if tensors[0] else torch.device("cpu")), scope:
+        first = tensors[0][0] if tensors[0] else torch.zeros(())
+        with quiet_keras(first.device), in_double(is_needed=first.dtype == torch.float64), scope:
             outputs = model.call(given, **mode)
             losses = list(model.losses)
         if self.training:
@@ -129,6 +130,18 @@ class KerasModule(nn.Module):
                 if name:
                     held.value.assign(self._tensor(name).detach().cpu())
         return self._model.value
+
+
+@contextmanager
+def in_double(*, is_needed: bool) -> Iterator[None]:
+    """Within, Keras' layers compute in float64; else they cast what they are given back to their own float32."""
+    if not is_needed:
+        yield
+        return
+    from keras import DTypePolicy
+
+    with mock.patch.object(DTypePolicy, "compute_dtype", "float64"):
+        yield
 
 
 def _scope(values: dict[int, torch.Tensor]) -> Any:
