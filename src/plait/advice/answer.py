@@ -46,6 +46,23 @@ class Price(Record):
     age_days: int | None
     warning: str
 
+    def summary(self, accelerator: str, instances: int) -> dict[str, Any]:
+        """The fields of `plait advise --json`, with what this seller gives of security."""
+        return {
+            "cloud": self.offer.cloud,
+            "instance_type": self.offer.instance_type,
+            "instances": instances,
+            "region": self.offer.region,
+            "usd_per_hour": self.usd_per_hour,
+            "hours": self.hours,
+            "usd": self.usd,
+            "as_of": self.offer.as_of,
+            "age_days": self.age_days,
+            "source": self.offer.source,
+            "warning": self.warning,
+            "security": security_notes(load_accelerators()[accelerator], self.offer, instances),
+        }
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Answer(Record):
@@ -80,32 +97,14 @@ class Answer(Record):
         """The fields of `plait advise --json`."""
         found = self.estimate
 
-        def priced(price: Price | None) -> dict[str, Any] | None:
-            if price is None:
-                return None
-            return {
-                "cloud": price.offer.cloud,
-                "instance_type": price.offer.instance_type,
-                "instances": self.instances,
-                "region": price.offer.region,
-                "usd_per_hour": price.usd_per_hour,
-                "hours": price.hours,
-                "usd": price.usd,
-                "as_of": price.offer.as_of,
-                "age_days": price.age_days,
-                "source": price.offer.source,
-                "warning": price.warning,
-                "security": security_notes(load_accelerators()[self.accelerator], price.offer, self.instances),
-            }
-
         return {
             "accelerator": self.accelerator,
             "count": self.count,
             "hours": self.hours,
             "usd": self.on_demand.usd if self.on_demand else None,
             "usd_spot": self.spot.usd if self.spot else None,
-            "on_demand": priced(self.on_demand),
-            "spot": priced(self.spot),
+            "on_demand": self.on_demand and self.on_demand.summary(self.accelerator, self.instances),
+            "spot": self.spot and self.spot.summary(self.accelerator, self.instances),
             "energy_kwh": self.energy_kwh,
             "co2_kg": self.co2_kg,
             "mfu": found.mfu,

@@ -7,10 +7,8 @@ from typing import Any
 
 from plait.advice.answer import Price
 from plait.advice.needs import Needs
-from plait.advice.security import security_notes
 from plait.advice.serve_work import ServeWork
 from plait.cost.serving import ServingEstimate
-from plait.hardware.catalogue import load_accelerators
 from plait.schema.records import Record
 from plait.units import gib
 
@@ -57,21 +55,8 @@ class ServeAnswer(Record):
         def priced(price: Price | None) -> dict[str, Any] | None:
             if price is None:
                 return None
-            return {
-                "cloud": price.offer.cloud,
-                "instance_type": price.offer.instance_type,
-                "instances": self.instances,
-                "region": price.offer.region,
-                "usd_per_hour": price.usd_per_hour,
-                "hours": price.hours,
-                "usd": price.usd,
-                "usd_per_million": price.usd / work.amount * 1e6,
-                "as_of": price.offer.as_of,
-                "age_days": price.age_days,
-                "source": price.offer.source,
-                "warning": price.warning,
-                "security": security_notes(load_accelerators()[self.accelerator], price.offer, self.instances),
-            }
+            per_million = price.usd / work.amount * 1e6
+            return {**price.summary(self.accelerator, self.instances), "usd_per_million": per_million}
 
         return {
             "accelerator": self.accelerator,
