@@ -12,9 +12,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from plait.serve.backend import Artefact, Backend, Runner
+from plait.serve.backend import Artefact, Runner
 from plait.serve.runtimes.ladder import Rung, inputs_at, rungs, served, unfit
-from plait.serve.runtimes.own_environment import interpreter_of, missing_in
+from plait.serve.runtimes.own_environment import OwnEnvironment
 from plait.serve.subject import Subject
 
 if TYPE_CHECKING:
@@ -23,21 +23,13 @@ if TYPE_CHECKING:
 __all__ = ["LiteRt"]
 
 
-class LiteRt(Backend):
+class LiteRt(OwnEnvironment):
     """`<entry>.tflite`."""
 
     name = "litert"
     imports = ("litert_torch", "ai_edge_litert")
     distributions = ("litert-torch", "ai-edge-litert")
     precisions: ClassVar[tuple[str, ...]] = ("fp32", "int8")
-
-    def interpreter(self) -> str:
-        """That of the environment `litert`."""
-        return interpreter_of("litert")
-
-    def missing(self) -> str:
-        """The command that makes the environment."""
-        return missing_in("litert", self.imports)
 
     def refusal(self, subject: Subject, precision: str) -> str:
         """What is known before anything is tried."""

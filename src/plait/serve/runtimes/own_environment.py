@@ -3,28 +3,30 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
 
 from plait.environments.make import find
 from plait.environments.names import COMMAND
 from plait.errors import RequestError, ServeError
+from plait.serve.backend import Backend
 
-__all__ = ["interpreter_of", "missing_in"]
-
-
-def interpreter_of(environment: str) -> str:
-    """The environment's Python.
-
-    Raises:
-        ServeError: it is not made; the hint is the command that makes it.
-    """
-    try:
-        return str(find(environment))
-    except RequestError as problem:
-        raise ServeError(problem.message, hint=problem.hint) from None
+__all__ = ["OwnEnvironment"]
 
 
-def missing_in(environment: str, imports: Sequence[str]) -> str:
-    """What is not there and the command that makes it, in one line; empty where all is there."""
-    absent = [name for name in imports if importlib.util.find_spec(name) is None]
-    return f"{', '.join(absent)} not installed: {COMMAND} {environment}" if absent else ""
+class OwnEnvironment(Backend):
+    """A backend that runs in the environment of its own name."""
+
+    def interpreter(self) -> str:
+        """The environment's Python.
+
+        Raises:
+            ServeError: it is not made; the hint is the command that makes it.
+        """
+        try:
+            return str(find(self.name))
+        except RequestError as problem:
+            raise ServeError(problem.message, hint=problem.hint) from None
+
+    def missing(self) -> str:
+        """What is not there and the command that makes it, in one line; empty where all is there."""
+        absent = [name for name in self.imports if importlib.util.find_spec(name) is None]
+        return f"{', '.join(absent)} not installed: {COMMAND} {self.name}" if absent else ""

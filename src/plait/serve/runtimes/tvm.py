@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from plait.errors import ServeError
-from plait.serve.backend import Artefact, Backend, Runner
+from plait.serve.backend import Artefact, Runner
 from plait.serve.runtimes import tvm_graph
 from plait.serve.runtimes.ladder import Rung, inputs_at, rungs, served, unfit
-from plait.serve.runtimes.own_environment import interpreter_of, missing_in
+from plait.serve.runtimes.own_environment import OwnEnvironment
 from plait.serve.runtimes.simplify import simplified
 from plait.serve.runtimes.tvm_schedules import chosen
 from plait.serve.runtimes.tvm_tuner import Tuned, tune, without_intrinsics
@@ -38,20 +38,12 @@ _SECONDS = 120.0
 """For tuning all libraries of an export; PLAIT_TVM_SECONDS=N changes it, 0 leaves schedules as they are drawn, unmeasured."""
 
 
-class Tvm(Backend):
+class Tvm(OwnEnvironment):
     """`<entry>-b<batch>.so`, `weights.safetensors`, `tuning/`."""
 
     name = "tvm"
     imports = ("tvm",)
     distributions = ("apache-tvm",)
-
-    def interpreter(self) -> str:
-        """That of the environment `tvm`."""
-        return interpreter_of("tvm")
-
-    def missing(self) -> str:
-        """The command that makes the environment."""
-        return missing_in("tvm", self.imports)
 
     def refusal(self, subject: Subject, precision: str) -> str:
         """What is known before anything is tried."""
