@@ -7,14 +7,20 @@ import hashlib
 import json
 import os
 import sys
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from plait.capture.announce import said_after
 from plait.schema import Graph
 
 __all__ = ["graph_of"]
+
+# A state-space model's scan without its kernels: 32 layers and 128 positions are 100 s, in proportion to both.
+_WHEN_SLOW = (
+    "still capturing: a forward that loops over positions gives operators for each of them; a shorter sample (for hf: targets "
+    "&seq_len=16) is captured in proportion, and its cost a token is the same"
+)
 
 
 def graph_of(target: str, *, fresh: bool = False) -> tuple[Graph, int]:
@@ -36,7 +42,7 @@ def graph_of(target: str, *, fresh: bool = False) -> tuple[Graph, int]:
     from plait.capture.trace import trace
     from plait.errors import CaptureError
 
-    with _uncollected(), _hint_when_slow():
+    with _uncollected(), said_after(20.0, _say, _WHEN_SLOW):
         job = load_target(target)
         program = trace(job, say=_say)
     if program.graph is None:
@@ -63,23 +69,6 @@ def _uncollected() -> Iterator[None]:
     finally:
         if was:
             gc.enable()
-
-
-@contextmanager
-def _hint_when_slow() -> Iterator[None]:
-    """Says, after a while, what makes a capture long and how it is made shorter."""
-    # A state-space model's scan without its kernels: 32 layers and 128 positions are 100 s, in proportion to both.
-    hint = (
-        "still capturing: a forward that loops over positions gives operators for each of them; a shorter sample (for hf: targets "
-        "&seq_len=16) is captured in proportion, and its cost a token is the same"
-    )
-    timer = threading.Timer(20.0, _say, [hint])
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
 
 
 def _say(text: str) -> None:

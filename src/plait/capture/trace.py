@@ -24,6 +24,7 @@ from torch.nn.modules import transformer
 from torch.utils import _pytree as pytree
 
 from plait.capture import batch as batches
+from plait.capture.announce import said_after
 from plait.capture.inline import inline_regions
 from plait.capture.job import Job
 from plait.capture.measure import measure
@@ -298,13 +299,10 @@ def _announced(say: Callable[[str], None] | None, limit: float) -> Iterator[None
         yield
         return
     begin = time.monotonic()
-    timer = threading.Timer(3.0, say, [f"capturing the model with torch.export (limit {limit:.0f} s) ..."])
-    timer.daemon = True
-    timer.start()
     try:
-        yield
+        with said_after(3.0, say, f"capturing the model with torch.export (limit {limit:.0f} s) ..."):
+            yield
     finally:
-        timer.cancel()
         if time.monotonic() - begin > 3.0:
             say(f"captured in {time.monotonic() - begin:.1f} s")
 
