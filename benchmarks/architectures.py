@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 NAMED = [
@@ -145,7 +146,7 @@ TENSOR_PARALLEL_ONLY = [
 """What only the sweep of tensor parallelism adds."""
 
 # Key of a config -> small value, wherever a type has the key (in a part of the config too).
-_SMALL: dict[str, Any] = {
+SMALL: dict[str, Any] = {
     **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers"), 2),
     **dict.fromkeys(("num_decoder_layers", "decoder_num_hidden_layers", "num_encoder_layers"), 2),
     **dict.fromkeys(("hidden_size", "n_embd", "d_model", "dim", "emb_dim", "embed_dim", "embedding_size"), 32),
@@ -162,7 +163,7 @@ _SMALL: dict[str, Any] = {
     **dict.fromkeys(("patch_size",), 8),
 }
 # What a type needs beside that: shapes that must agree with each other.
-_MORE: dict[str, str] = {
+MORE: dict[str, str] = {
     "gptj": "rotary_dim=8",
     "codegen": "rotary_dim=8",
     "deepseek_v3": "kv_lora_rank=16&q_lora_rank=16&qk_rope_head_dim=8&qk_nope_head_dim=8&v_head_dim=8&n_group=2&topk_group=1&num_experts_per_tok=2&first_k_dense_replace=1",
@@ -186,11 +187,13 @@ _MORE: dict[str, str] = {
     "mistral": "sliding_window=8",
 }
 for _type in ("hubert", "wavlm", "unispeech", "sew", "data2vec-audio"):
-    _MORE[_type] = _MORE["wav2vec2"]
+    MORE[_type] = MORE["wav2vec2"]
 
 
-def small(model_type: str) -> str:
-    """The target of a small model of a transformers type."""
+def small(
+    model_type: str, sizes: Mapping[str, Any] = SMALL, more: Mapping[str, str] = MORE, *, is_decoder: bool = False
+) -> str:
+    """The target of a small model of a transformers type; as a causal language model where it `is_decoder`."""
     from transformers import CONFIG_MAPPING
 
     from plait.capture.target import load_target
@@ -200,17 +203,21 @@ def small(model_type: str) -> str:
 
     def look(part: Any, prefix: str) -> None:
         known = part.to_dict()
-        for key, value in _SMALL.items():
+        for key, value in sizes.items():
             own = getattr(part, "attribute_map", {}).get(key, key)
             if isinstance(known.get(own), int) and not isinstance(known[own], bool):
                 values[prefix + own] = str(value)
+        if is_decoder and known.get("is_decoder") is False and not known.get("is_encoder_decoder"):
+            values[f"{prefix}is_decoder"] = "True"
         for key, other in vars(part).items():
             if hasattr(other, "to_dict") and not key.startswith("_"):
                 look(other, f"{prefix}{key}.")
 
     look(config, "")
-    more = dict(pair.split("=") for pair in _MORE.get(model_type, "").split("&") if pair)
-    values.update(more)
+    stated = dict(pair.split("=") for pair in more.get(model_type, "").split("&") if pair)
+    if is_decoder:
+        stated["task"] = "causal-lm"
+    values.update(stated)
     values.setdefault("seq_len", "16")
     # Heads and groups of a type may ask for other sizes; a key that the type refuses by itself is left at its default.
     while True:
@@ -218,7 +225,7 @@ def small(model_type: str) -> str:
         try:
             load_target(target)
         except Exception as problem:
-            refused = [k for k in values if k.rpartition(".")[2] in str(problem) and k not in more]
+            refused = [k for k in values if k.rpartition(".")[2] in str(problem) and k not in stated]
             if not refused:
                 return target
             for key in refused:

@@ -31,7 +31,7 @@ from plait.errors import PlaitError
 CAPACITY, LIMIT, LARGEST = 96, 90, 60_000_000
 
 _SMALL: dict[str, Any] = {
-    **architectures._SMALL,
+    **architectures.SMALL,
     **dict.fromkeys(("hidden_size", "n_embd", "d_model", "dim", "emb_dim", "embed_dim", "embedding_size"), 64),
     **dict.fromkeys(("intermediate_size", "ffn_dim", "d_ff", "n_inner", "hidden_dim", "moe_intermediate_size"), 96),
     **dict.fromkeys(("encoder_ffn_dim", "decoder_ffn_dim", "shared_expert_intermediate_size"), 96),
@@ -43,7 +43,7 @@ _SMALL: dict[str, Any] = {
 }
 _LATENT = "num_key_value_heads=4&kv_lora_rank=16&q_lora_rank=16&qk_rope_head_dim=8&qk_nope_head_dim=8&v_head_dim=8"
 _MORE: dict[str, str] = {
-    **{k: v for k, v in architectures._MORE.items() if k not in ("gemma2", "mistral")},
+    **{k: v for k, v in architectures.MORE.items() if k not in ("gemma2", "mistral")},
     **dict.fromkeys(("gptj", "codegen"), "rotary_dim=8"),
     **dict.fromkeys(("axk2", "minicpm3", "glm4_moe_lite"), _LATENT),
     **dict.fromkeys(("axk1", "deepseek_v3", "longcat_flash", "youtu"), f"{_LATENT}&head_dim=8"),
@@ -60,43 +60,6 @@ _MORE: dict[str, str] = {
 }
 
 
-def target_of(model_type: str) -> str:
-    """A small decoder of the type; keys that it refuses are left at their defaults."""
-    from transformers import CONFIG_MAPPING
-
-    from plait.capture.target import load_target
-
-    values: dict[str, str] = {}
-
-    def look(part: Any, prefix: str) -> None:
-        known = part.to_dict()
-        for key, value in _SMALL.items():
-            own = getattr(part, "attribute_map", {}).get(key, key)
-            if isinstance(known.get(own), int) and not isinstance(known[own], bool):
-                values[prefix + own] = str(value)
-        if known.get("is_decoder") is False and not known.get("is_encoder_decoder"):
-            values[f"{prefix}is_decoder"] = "True"
-        for key, other in vars(part).items():
-            if hasattr(other, "to_dict") and not key.startswith("_"):
-                look(other, f"{prefix}{key}.")
-
-    look(CONFIG_MAPPING[model_type](), "")
-    more = dict(pair.split("=") for pair in _MORE.get(model_type, "").split("&") if pair)
-    values |= {**more, "seq_len": more.get("seq_len", "16"), "task": "causal-lm"}
-    while True:
-        target = f"hf:{model_type}?" + "&".join(f"{k}={v}" for k, v in values.items())
-        try:
-            load_target(target)
-        except Exception as problem:
-            refused = [k for k in values if k.rpartition(".")[2] in str(problem) and k not in more and k != "task"]
-            if not refused:
-                return target
-            for key in refused:
-                del values[key]
-        else:
-            return target
-
-
 def tried(model_type: str) -> dict[str, Any]:
     """What came of one type."""
     from plait.serve.decoding.decode import with_cache
@@ -105,7 +68,7 @@ def tried(model_type: str) -> dict[str, Any]:
 
     found: dict[str, Any] = {"type": model_type}
     try:
-        found["target"] = target_of(model_type)
+        found["target"] = architectures.small(model_type, _SMALL, _MORE, is_decoder=True)
         source = source_of(found["target"])
         if sum(p.numel() for p in source.module.parameters()) > LARGEST:
             return {
