@@ -216,3 +216,18 @@ def test_another_backend_is_refused(monkeypatch: pytest.MonkeyPatch, batch: tupl
         plait.from_keras(model, batch=batch)
 
     assert "KERAS_BACKEND=torch" in caught.value.hint
+
+
+def test_a_module_in_double_precision_computes_in_it():
+    """Keras' layers would cast what they are given back to float32; a comparison in float64 would then be none."""
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(8, activation="tanh"), keras.layers.Dense(3)])
+    module = KerasModule(model)
+    x = torch.randn(5, 4)
+    single = module(x)
+    double = module.double()(x.double())
+
+    assert single.dtype == torch.float32
+    assert double.dtype == torch.float64
+    assert 0 < (double - single).abs().max() < 1e-5
+    assert keras.config.dtype_policy().compute_dtype == "float32"

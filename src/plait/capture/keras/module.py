@@ -134,14 +134,25 @@ class KerasModule(nn.Module):
 
 @contextmanager
 def in_double(*, is_needed: bool) -> Iterator[None]:
-    """Within, Keras' layers compute in float64; else they cast what they are given back to their own float32."""
+    """Within, Keras computes in float64. By itself it goes back to float32: layers by their policy, operators by the type that
+    they give results of 64 bits, losses by the type of the backend.
+    """
     if not is_needed:
         yield
         return
-    from keras import DTypePolicy
+    from keras import DTypePolicy, config
+    from keras.src.backend.common import dtypes
 
-    with mock.patch.object(DTypePolicy, "compute_dtype", "float64"):
-        yield
+    before = config.floatx()
+    config.set_floatx("float64")
+    try:
+        with (
+            mock.patch.object(DTypePolicy, "compute_dtype", "float64"),
+            mock.patch.dict(dtypes.BIT64_TO_BIT32_DTYPE, {"float64": "float64"}),
+        ):
+            yield
+    finally:
+        config.set_floatx(before)
 
 
 def _scope(values: dict[int, torch.Tensor]) -> Any:
