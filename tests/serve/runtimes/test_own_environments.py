@@ -269,6 +269,37 @@ def test_exported_checked_and_loaded_in_its_own_environment(name: str, tmp_path:
         assert (tmp_path / name / "tuning" / "database_tuning_record.json").stat().st_size > 0
 
 
+def test_smaller_weights_of_litert(tmp_path: Path):
+    """Embeddings with linear layers behind them; the error is that of eight bits, and the file is smaller."""
+    made("litert")
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Embedding(200, 64), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 200)).eval()
+    tokens = torch.randint(0, 200, (2, 7))
+    report = plait.export(
+        model, "litert", inputs=tokens, precision=("int8", "fp16"), output=tmp_path, batch=2, threads=1, seconds=0
+    )
+    rows = {row["precision"]: row for row in report["rows"]}
+    weights = 4 * sum(parameter.numel() for parameter in model.parameters())
+    errors = {precision: max(one["max_rel"] for one in row["parity"]) for precision, row in rows.items()}
+
+    assert {row["status"] for row in rows.values()} == {"ok"}, rows
+    assert rows["int8"]["bytes"] < 0.4 * weights
+    assert rows["fp16"]["bytes"] < 0.6 * weights
+    assert 1e-6 < errors["fp16"] < 1e-3 < errors["int8"] < 0.05
+
+
+def test_nothing_to_make_smaller(tmp_path: Path):
+    """Said, and no file is left that calls itself int8."""
+    made("litert")
+    report = plait.export(
+        nn.Softmax(-1), "litert", inputs=torch.randn(2, 7), precision="int8", output=tmp_path, seconds=0
+    )
+
+    assert report["rows"][0]["status"] == "failed"
+    assert "no operator of forward has weights" in report["rows"][0]["error"]
+    assert not (tmp_path / "litert-int8").exists()
+
+
 class Decoder(nn.Module):
     """One block of causal attention."""
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from plait.serve.backend import Artefact, Runner
 from plait.serve.runtimes.ladder import Rung, inputs_at, rungs, served, unfit
+from plait.serve.runtimes.litert_file import PRECISIONS, shrink
 from plait.serve.runtimes.own_environment import OwnEnvironment
 from plait.serve.subject import Subject
 
@@ -29,7 +30,7 @@ class LiteRt(OwnEnvironment):
     name = "litert"
     imports = ("litert_torch", "ai_edge_litert")
     distributions = ("litert-torch", "ai-edge-litert")
-    precisions: ClassVar[tuple[str, ...]] = ("fp32", "int8")
+    precisions: ClassVar[tuple[str, ...]] = PRECISIONS
 
     def refusal(self, subject: Subject, precision: str) -> str:
         """What is known before anything is tried."""
@@ -42,16 +43,14 @@ class LiteRt(OwnEnvironment):
         import torch
 
         for name in subject.entries:
-            program = subject.program(name)
-            options: dict[str, Any] = {}
-            module: Any = program.module(check_guards=False)
-            if precision == "int8":
-                module, options = _quantised(module, subject, name)
+            module: Any = subject.program(name).module(check_guards=False)
+            file = folder / f"{name}.tflite"
             converter: Any = litert_torch
             with contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
                 for rung in rungs(subject, name):
                     converter = converter.signature(rung.name, _Static(module), inputs_at(subject, name, rung))
-                converter.convert(**options).export(str(folder / f"{name}.tflite"))
+                converter.convert().export(str(file))
+                shrink(file, precision)
         return {}
 
     def load(self, artefact: Artefact) -> Runner:
@@ -106,18 +105,3 @@ def _Static(module: Any) -> Any:  # noqa: N802  a class that needs torch to exis
             return self.module(*inputs)
 
     return Static()
-
-
-def _quantised(module: Any, subject: Subject, name: str) -> tuple[Any, dict[str, Any]]:
-    """Weights of linear layers as int8, their inputs quantised as they come."""
-    import torch
-    from litert_torch.quantize.pt2e_quantizer import PT2EQuantizer, get_symmetric_quantization_config
-    from litert_torch.quantize.quant_config import QuantConfig
-    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
-
-    quantizer = PT2EQuantizer().set_global(get_symmetric_quantization_config(is_per_channel=True, is_dynamic=True))
-    prepared = prepare_pt2e(module, quantizer)
-    with torch.no_grad():
-        for sample in subject.entries[name].samples:
-            prepared(*subject.inputs(sample, name))
-    return convert_pt2e(prepared, fold_quantize=False), {"quant_config": QuantConfig(pt2e_quantizer=quantizer)}
