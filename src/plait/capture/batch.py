@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch.utils import _pytree as pytree
 from plait.capture.job import Job
 from plait.errors import TargetError
 
-__all__ = ["batch_size", "dims_of", "map_batch", "resized", "split"]
+__all__ = ["batch_size", "dims_of", "map_batch", "resized", "split", "weight_of"]
 
 _BatchMap = Callable[[torch.Tensor, int | None], Any]
 
@@ -54,6 +55,15 @@ def batch_size(job: Job, batch: tuple[Any, Any] | None = None) -> int:
         if dim is not None:
             return int(leaf.shape[dim])
     raise TargetError("batch: no tensor has a batch dimension")
+
+
+def weight_of(job: Job, part: tuple[Any, Any]) -> float | None:
+    """What the Job's `loss_weight` says of a part of a batch; None where it has none."""
+    function = job.loss_weight
+    if function is None:
+        return None
+    takes_inputs = len(inspect.signature(function).parameters) > 1
+    return float(function(*part) if takes_inputs else function(part[1]))
 
 
 def map_batch(job: Job, batch: tuple[Any, Any], function: _BatchMap) -> tuple[Any, Any]:

@@ -30,8 +30,9 @@ class Job:
     """factory([(name, parameter), ...]) -> optimizer; None: AdamW at 1e-3."""
     data: Iterable[Any] | Dataset[Any] | Callable[[], Any] | None = None
     """Batches, a map-style Dataset of samples, or a function of nothing that gives one; None: the sample batch."""
-    loss_weight: Callable[[Any], torch.Tensor | float] | None = None
-    """weight(targets) of a part of the batch, where the mean is over something else than samples (tokens that count)."""
+    loss_weight: Callable[..., torch.Tensor | float] | None = None
+    """weight(targets) of a part of the batch, where the mean is over something else than samples (tokens that count);
+    a function of two arguments is given (inputs, targets)."""
     batch_dim: int | dict[str, int | None] | None = 0
     """Batch dimension of every input, or by input name; None for an input that has none."""
     scheduler: Callable[[torch.optim.Optimizer], Any] | None = None

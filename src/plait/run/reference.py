@@ -249,11 +249,8 @@ class _Course:
 
 
 def _weights(job: Job, batch: tuple[Any, Any], bounds: list[tuple[int, int]]) -> list[float]:
-    function = job.loss_weight
-    raw = [
-        float(stop - start) if function is None else float(function(batches.split(job, batch, (start, stop))[1]))
-        for start, stop in bounds
-    ]
+    counted = [batches.weight_of(job, batches.split(job, batch, bound)) for bound in bounds]
+    raw = [float(stop - start) if own is None else own for own, (start, stop) in zip(counted, bounds, strict=True)]
     total = sum(raw)
     return [w / total if total else 0.0 for w in raw]
 

@@ -303,10 +303,12 @@ class Run:
             low = min(start, held - 1)
             part = batches.split(self.job, batch, (low, max(stop, low + 1)))
             parts.append(batches.map_batch(self.job, part, lambda leaf, _: leaf.to(self.world.device)))
-        function = self.job.loss_weight
-        if function is None:
+        if self.job.loss_weight is None:
             return parts, [(stop - start) / size for start, stop in mine]
-        own = [0.0 if start == stop else float(function(p[1])) for p, (start, stop) in zip(parts, mine, strict=True)]
+        own = [
+            0.0 if start == stop else batches.weight_of(self.job, part) or 0.0
+            for part, (start, stop) in zip(parts, mine, strict=True)
+        ]
         total = torch.tensor(sum(own), dtype=torch.float64)
         if self.world.samples is not None:
             total = total.to(self.world.device)

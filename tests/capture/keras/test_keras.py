@@ -16,6 +16,7 @@ import torch  # noqa: E402
 from keras import layers, optimizers  # noqa: E402
 
 import plait  # noqa: E402
+from plait.capture.batch import split, weight_of  # noqa: E402
 from plait.capture.keras.module import KerasModule  # noqa: E402
 from plait.capture.trace import call_model, loss_of  # noqa: E402
 from plait.errors import TargetError  # noqa: E402
@@ -60,6 +61,11 @@ def dense(optimizer: Any = "sgd", loss: Any = "sparse_categorical_crossentropy")
     return model
 
 
+def iter_rate() -> Callable[[], float]:
+    """A rate that a function gives."""
+    return lambda: 0.01
+
+
 OPTIMIZERS: dict[str, Callable[[], Any]] = {
     "SGD": lambda: optimizers.SGD(0.1, weight_decay=0.1),
     "momentum": lambda: optimizers.SGD(0.1, momentum=0.9),
@@ -75,6 +81,12 @@ OPTIMIZERS: dict[str, Callable[[], Any]] = {
     "Lion": lambda: optimizers.Lion(0.01),
     "Adadelta": lambda: optimizers.Adadelta(1.0),
     "global clip": lambda: optimizers.Adam(0.01, global_clipnorm=0.1),
+    "Ftrl": lambda: optimizers.Ftrl(0.1, l1_regularization_strength=0.01, l2_regularization_strength=0.01, beta=0.1),
+    "Lamb": lambda: optimizers.Lamb(0.1),
+    "accumulation": lambda: optimizers.Adam(0.1, gradient_accumulation_steps=2, clipnorm=0.1),
+    "averages": lambda: optimizers.Adam(0.1, use_ema=True, ema_momentum=0.5, ema_overwrite_frequency=2),
+    "scaled loss": lambda: optimizers.LossScaleOptimizer(optimizers.Adam(0.01, clipvalue=0.05)),
+    "rate by a function": lambda: optimizers.Adam(iter_rate()),
     "schedule": lambda: optimizers.SGD(
         optimizers.schedules.ExponentialDecay(0.2, 2, 0.5, staircase=True), momentum=0.9
     ),
@@ -158,6 +170,171 @@ def test_a_keras_model_in_a_job(batch: tuple[Any, Any]):
     assert {p.name for p in program.graph.parameters} == set(job.model.names.values())
 
 
+def padded() -> np.ndarray:
+    """Tokens, zeros behind; the lengths differ between the halves of the batch."""
+    ids = np.random.default_rng(0).integers(1, 9, size=(8, 6))
+    ids[:, 4:], ids[:2, 2:] = 0, 0
+    return ids
+
+
+class Implicit(keras.Model):
+    """Its layers learn the mode from Keras' call context, not from an argument."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.layer = layers.BatchNormalization(), layers.Dense(3)
+
+    def call(self, x, training=False):
+        return self.layer(self.norm(x))
+
+
+class OwnLoss(keras.Model):
+    """A loss of its own on top of the compiled one, which reads the inputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = layers.Dense(3, kernel_regularizer="l2")
+
+    def call(self, x):
+        return self.layer(x)
+
+    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+        base = super().compute_loss(x, y, y_pred, sample_weight, training)
+        return base + keras.ops.mean(keras.ops.abs(y_pred - keras.ops.convert_to_tensor(x)[:, :3]))
+
+
+class Counter(layers.Layer):
+    """Keeps a whole number and a fraction from call to call, and computes with both."""
+
+    def build(self, shape):
+        self.count = self.add_weight(shape=(), initializer="zeros", trainable=False, dtype="int32")
+        self.mean = self.add_weight(shape=(6,), initializer="ones", trainable=False)
+        self.scale = self.add_weight(shape=(6,), initializer="ones")
+
+    def call(self, x):
+        self.count.assign(self.count + 1)
+        scaled = x * self.scale + self.mean * keras.ops.cast(self.count, "float32")
+        self.mean.assign(0.9 * self.mean + 0.1 * keras.ops.mean(x, 0))
+        return scaled
+
+
+class OnlyAdded(keras.Model):
+    """Nothing but add_loss."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = layers.Dense(6)
+
+    def call(self, x):
+        self.add_loss(keras.ops.mean(keras.ops.square(self.layer(x) - x)))
+        return self.layer(x)
+
+
+def masked(*, loss: Any = "mse", heads: int = 1) -> Any:
+    keras.utils.set_random_seed(0)
+    ids = keras.Input((6,), dtype="int32")
+    h = layers.LSTM(5, return_sequences=True)(layers.Embedding(9, 4, mask_zero=True)(ids))
+    outputs = [layers.Dense(3, name=f"head{i}")(h) for i in range(heads)]
+    return compiled(keras.Model(ids, outputs if heads > 1 else outputs[0]), loss=loss, optimizer="sgd")
+
+
+def constrained() -> Any:
+    keras.utils.set_random_seed(0)
+    norm = keras.constraints.MaxNorm(0.5)
+    model = keras.Sequential([keras.Input((6,)), layers.Dense(4, kernel_constraint=norm), layers.Dense(3)])
+    return compiled(model, optimizer=optimizers.SGD(0.5))
+
+
+def ignoring() -> Any:
+    model = keras.Sequential([keras.Input((4, 6)), layers.Dense(3)])
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True, ignore_class=0)
+    return compiled(model, loss=loss)
+
+
+def half() -> Any:
+    keras.utils.set_random_seed(0)
+    policy = keras.DTypePolicy("mixed_bfloat16")
+    images = keras.Input((4, 4, 3))
+    h = layers.BatchNormalization(dtype=policy)(layers.Conv2D(4, 3, dtype=policy)(images))
+    return compiled(keras.Model(images, layers.Dense(3, dtype="float32")(layers.Flatten()(h))))
+
+
+def undecayed() -> Any:
+    adam = optimizers.AdamW(0.01, weight_decay=0.5)
+    model = dense(adam)
+    adam.exclude_from_weight_decay(var_list=[model.layers[0].kernel])
+    return model
+
+
+def normal(*shape: int) -> np.ndarray:
+    return np.random.default_rng(1).standard_normal(shape).astype("float32")
+
+
+CLASSES = np.random.default_rng(2).integers(3, size=(8, 6))
+# Name -> (model, its batch, further arguments of train_on_batch that are from_keras' own too, whether samples weigh unequally)
+SEMANTICS: dict[str, tuple[Callable[[], Any], Callable[[], Any], dict[str, Any], bool]] = {
+    "mask": (masked, lambda: (padded(), normal(8, 6, 3)), {}, True),
+    "mask and sample weights": (masked, lambda: (padded(), normal(8, 6, 3), np.abs(normal(8, 6))), {}, True),
+    "one mask of two outputs": (
+        lambda: masked(loss=["mse", "mae"], heads=2),
+        lambda: (padded(), (normal(8, 6, 3), normal(8, 6, 3))),
+        {},
+        True,
+    ),
+    "ignored class": (ignoring, lambda: (normal(8, 4, 6), np.tril(CLASSES[:, :4])), {}, True),
+    "sample weights": (lambda: compiled(OwnLoss()), lambda: (normal(8, 6), normal(8, 3), np.abs(normal(8))), {}, False),
+    "class weights": (dense, lambda: (normal(8, 6), CLASSES[:, 0]), {"class_weight": {0: 0.5, 2: 3.0}}, False),
+    "mode by context": (lambda: compiled(Implicit()), lambda: (3 * normal(8, 6) + 1, normal(8, 3)), {}, False),
+    "own compute_loss": (lambda: compiled(OwnLoss()), lambda: (normal(8, 6), normal(8, 3)), {}, False),
+    "state": (
+        lambda: compiled(keras.Sequential([keras.Input((6,)), Counter(), layers.Dense(3)])),
+        lambda: (normal(8, 6), normal(8, 3)),
+        {},
+        False,
+    ),
+    "add_loss alone": (lambda: compiled(OnlyAdded(), loss=None), lambda: (normal(8, 6), normal(8, 6)), {}, False),
+    "constraint": (constrained, lambda: (normal(8, 6), normal(8, 3)), {}, False),
+    "bfloat16": (half, lambda: (normal(8, 4, 4, 3), normal(8, 3)), {}, False),
+    "decay by variable": (undecayed, lambda: (normal(8, 6), CLASSES[:, 0]), {}, False),
+}
+
+
+@pytest.mark.parametrize("name", SEMANTICS)
+def test_semantics_are_those_of_keras(name: str):
+    """Losses, parameters and kept states of a plain torch loop are those of train_on_batch."""
+    make, give, options, is_weighed = SEMANTICS[name]
+    model, data = make(), give()
+    job = plait.from_keras(model, batch=data, **options)
+    losses, module = train(job)
+    weights = {"sample_weight": data[2]} if len(data) > 2 else {}
+    given = [list(part) if isinstance(part, tuple) else part for part in data[:2]]
+    expected = [model.train_on_batch(*given, **weights, **options) for _ in range(STEPS)]
+
+    assert losses == pytest.approx([float(x[0] if isinstance(x, list) else x) for x in expected], abs=1e-6)
+    for variable in model.variables:
+        if variable.path in module.names:
+            assert torch.allclose(module._tensor(module.names[variable.path]), variable.value, rtol=0, atol=1e-6)
+    assert (job.loss_weight is not None) == is_weighed
+
+
+@pytest.mark.parametrize("name", ["mask", "mask and sample weights", "one mask of two outputs", "ignored class"])
+def test_masked_losses_of_parts_add_up(name: str):
+    """The weighted mean of the halves' losses is the whole batch's, where a mean over samples is not."""
+    make, give, _, _ = SEMANTICS[name]
+    job = plait.from_keras(make(), batch=give())
+    with torch.no_grad():
+
+        def of(start: int, stop: int) -> tuple[float, float]:
+            part = split(job, job.batch, (start, stop))
+            return float(loss_of(call_model(job.model, part[0]), part[1], job.loss)), weight_of(job, part) or 0.0
+
+        (whole, _), parts = of(0, 8), [of(0, 2), of(2, 8)]
+
+    weighted = sum(loss * weight for loss, weight in parts) / sum(weight for _, weight in parts)
+    assert weighted == pytest.approx(whole, 2e-6)
+    assert (parts[0][0] * 2 + parts[1][0] * 6) / 8 != pytest.approx(whole, 2e-5)
+
+
 class OwnStep(keras.Model):
     def __init__(self):
         super().__init__()
@@ -175,27 +352,65 @@ def compiled(model: Any, **options: Any) -> Any:
     return model
 
 
+class ReadsWeights(OwnStep):
+    train_step = keras.Model.train_step
+
+    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+        return keras.ops.mean(keras.ops.square(self.layer.kernel)) + keras.ops.mean(y_pred)
+
+
+def used() -> Any:
+    model = dense()
+    model.train_on_batch(normal(8, 6), CLASSES[:, 0])
+    return model
+
+
+def half_precision() -> Any:
+    layer = layers.Dense(3, dtype=keras.DTypePolicy("mixed_float16"))
+    return compiled(
+        keras.Sequential([keras.Input((6,)), layer]), optimizer=optimizers.LossScaleOptimizer(optimizers.SGD())
+    )
+
+
+def stateful() -> Any:
+    series = keras.Input(batch_shape=(8, 6, 2))
+    return compiled(keras.Model(series, layers.LSTM(3, stateful=True)(series)))
+
+
+def two_masks() -> Any:
+    ids = keras.Input((6,), dtype="int32")
+    h = layers.LSTM(5, return_sequences=True)(layers.Embedding(9, 4, mask_zero=True)(ids))
+    return compiled(keras.Model(ids, [layers.Dense(3)(h), layers.Dense(1)(layers.LSTM(3)(h))]))
+
+
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "own train_step": (lambda: compiled(OwnStep()), "overrides train_step"),
     "sum": (
         lambda: dense(loss=keras.losses.SparseCategoricalCrossentropy(reduction="sum")),
         "reduction 'sum' is no mean",
     ),
-    "ema": (lambda: dense(optimizers.SGD(use_ema=True)), "SGD: use_ema is not reproduced"),
-    "accumulation": (lambda: dense(optimizers.SGD(gradient_accumulation_steps=2)), "gradient_accumulation_steps"),
-    "Ftrl": (lambda: dense(optimizers.Ftrl()), "optimizer Ftrl is not reproduced"),
+    "ema": (lambda: dense(optimizers.SGD(use_ema=True)), "use_ema puts its averages in place when fit ends"),
+    "accumulation": (
+        lambda: dense(optimizers.SGD(gradient_accumulation_steps=2, global_clipnorm=1.0)),
+        "gradient_accumulation_steps with global_clipnorm",
+    ),
+    "Muon": (lambda: dense(optimizers.Muon()), "optimizer Muon is not reproduced"),
+    "own optimizer": (lambda: dense(type("Adam", (optimizers.Adam,), {})()), "optimizer Adam is not reproduced"),
+    "used optimizer": (used, "optimizer SGD has taken 1 steps"),
+    "float16": (half_precision, "computes in float16 under a scaled loss"),
+    "state of samples": (stateful, "stateful=True keeps a state of each sample"),
+    "spectral norm": (
+        lambda: compiled(keras.Sequential([keras.Input((6,)), layers.SpectralNormalization(layers.Dense(3))])),
+        "assigns to the trainable weight",
+    ),
+    "loss that reads weights": (lambda: compiled(ReadsWeights()), "its compute_loss reads the weight"),
     "not compiled": (lambda: keras.Sequential([keras.Input((6,)), layers.Dense(3)]), "not compiled with a loss"),
     "another shape": (
         lambda: compiled(keras.Sequential([keras.Input((7,)), layers.Dense(3)])),
         "does not take this batch",
     ),
     "torch": (lambda: torch.nn.Linear(6, 3), "takes a Keras model, not a Linear"),
-    "mask": (
-        lambda: compiled(
-            keras.Sequential([keras.Input((6,)), layers.Embedding(9, 4, mask_zero=True), layers.Dense(1)]),
-        ),
-        "weighted by a mask",
-    ),
+    "two masks": (two_masks, "means over different values"),
 }
 
 
@@ -203,9 +418,13 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
 def test_what_is_not_reproduced_is_refused(name: str, batch: tuple[Any, Any]):
     """Each by name, before anything runs."""
     make, words = REFUSED[name]
-    inputs = np.ones((8, 6), "int64") if name == "mask" else batch[0]
+    inputs, targets = batch
+    if name == "two masks":
+        inputs, targets = padded(), (normal(8, 6, 3), normal(8, 1))
+    if name == "state of samples":
+        inputs = normal(8, 6, 2)
     with pytest.raises(TargetError, match=words):
-        plait.from_keras(make(), batch=(inputs, batch[1]))
+        plait.from_keras(make(), batch=(inputs, targets))
 
 
 def test_another_backend_is_refused(monkeypatch: pytest.MonkeyPatch, batch: tuple[Any, Any]):
