@@ -17,7 +17,8 @@ from pathlib import Path
 
 from plait.serve.child import Request
 from plait.serve.isolate import run_child
-from plait.serve.manifest import Manifest, finished_folder
+from plait.serve.manifest import Manifest
+from plait.serve.output_folder import finished_folder
 from plait.serve.registry import backend_at, backends
 from plait.serve.tuning.record import Configuration
 from plait.serve.tuning.tune import tune

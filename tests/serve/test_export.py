@@ -17,6 +17,7 @@ import plait
 import plait.serve
 from plait.errors import CheckpointError, ServeError, TargetError
 from plait.serve.loss import task_loss
+from plait.serve.manifest import FORMAT
 from plait.serve.source import source_of
 
 EXAMPLE = "examples/digits.py:job"
@@ -42,13 +43,13 @@ def exported(tmp_path_factory):
 
 
 def test_runtimes_hold_parity_on_every_size(exported):
-    """Batch 1, 2, 3 and a shorter length, each within 1e-5 of eager."""
+    """Batch 1, 2, 3, a shorter length and the least, each within 1e-5 of eager."""
     _, _, report, _ = exported
 
     for row in report["rows"]:
         assert row["status"] == "ok", row
         sizes = [(one["sizes"]["batch"], one["sizes"]["length"]) for one in row["parity"]]
-        assert sizes == [(2, 12), (1, 12), (3, 12), (2, 8)]
+        assert sizes == [(2, 12), (1, 12), (3, 12), (2, 8), (2, 1)]
         assert max(one["max_rel"] for one in row["parity"]) <= 1e-5
         assert "perturbed" not in row
 
@@ -170,10 +171,11 @@ def test_an_older_artefact_survives_a_failure(more_backends, tmp_path):
     """What is under the final name stays until a new one is whole."""
     old = tmp_path / "aborts"
     old.mkdir()
-    (old / "manifest.json").write_text("{}")
+    manifest = json.dumps({"format": FORMAT})
+    (old / "manifest.json").write_text(manifest)
     plait.export(mlp_job(), "aborts", output=tmp_path, batch=2, threads=1, seconds=0)
 
-    assert (old / "manifest.json").read_text() == "{}"
+    assert (old / "manifest.json").read_text() == manifest
 
 
 def test_timing_has_eager_in_turn(tmp_path):

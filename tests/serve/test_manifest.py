@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from plait.errors import ServeError
-from plait.serve.manifest import MANIFEST, Manifest, finished_folder
+from plait.serve.manifest import MANIFEST, Manifest
 from plait.serve.served import load
 from plait.serve.subject import Entry, TensorSpec
 
@@ -116,22 +116,3 @@ def test_no_artefact_and_unknown_backend(tmp_path):
     folder = changed(artefact(tmp_path / "a"), lambda data: data.update(backend="elsewhere"))
     with pytest.raises(ServeError, match="'elsewhere' is not installed"):
         load(folder)
-
-
-def test_a_folder_is_finished_or_not_there(tmp_path):
-    """The final name appears at the end alone; a failure leaves what was there before."""
-    final = tmp_path / "out"
-    with finished_folder(final) as aside:
-        (aside / "file").write_text("first")
-        assert not final.exists()
-
-    def fails() -> None:
-        with finished_folder(final) as aside:
-            (aside / "file").write_text("half")
-            raise OSError(28, "full")
-
-    with pytest.raises(OSError, match="full"):
-        fails()
-
-    assert (final / "file").read_text() == "first"
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     import torch
@@ -25,11 +25,13 @@ class Difference:
     max_rel: float
     """Largest difference over the largest value of the same output; of the worst output."""
     cosine: float
-    """Of all floating-point outputs, flattened; the least of them."""
+    """Of each floating-point output, flattened; the least of them. Of whole numbers alone: the share that is right."""
     top1: float | None
-    """Share of positions where the largest entry of the first output's last dimension is the same; None: not a row."""
+    """Share of positions where the largest entry of the last dimension is the same, of the first output that has rows; None: none has."""
     worst: str
     """The output with the largest relative error."""
+    lost: str = ""
+    """Why no precision excuses the worst one: another shape, or values that are not finite where eager's are. Empty where nothing is."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values."""
@@ -41,44 +43,68 @@ def difference(names: Sequence[str], eager: Sequence[torch.Tensor], other: Seque
     if len(eager) != len(other):
         raise ValueError(f"{len(other)} outputs, eager has {len(eager)}")
     parts = [_one(e, o) for e, o in zip(eager, other, strict=True)]
-    worst = max(range(len(parts)), key=lambda i: parts[i][2])
+    floating = [p for p, e in zip(parts, eager, strict=True) if e.is_floating_point() or e.is_complex()]
+    worst = max(range(len(parts)), key=lambda i: (bool(parts[i].lost), parts[i].largest_rel))
+    tops = (_top1(e, o) for e, o in zip(eager, other, strict=True))
     return Difference(
-        max_abs=max(p[0] for p in parts),
-        mean_abs=max(p[1] for p in parts),
-        max_rel=parts[worst][2],
-        cosine=min(p[3] for p in parts),
-        top1=_top1(eager[0], other[0]),
+        max_abs=max(p.largest for p in parts),
+        mean_abs=max(p.mean for p in parts),
+        max_rel=parts[worst].largest_rel,
+        cosine=min(p.cosine for p in floating or parts),
+        top1=next((top for top in tops if top is not None), None),
         worst=names[worst],
+        lost=parts[worst].lost,
     )
 
 
-def _one(eager: torch.Tensor, other: torch.Tensor) -> tuple[float, float, float, float]:
+class _Part(NamedTuple):
+    """Of one output."""
+
+    largest: float
+    mean: float
+    largest_rel: float
+    cosine: float
+    lost: str = ""
+
+
+_SAME = _Part(0.0, 0.0, 0.0, 1.0)
+
+
+def _lost(why: str) -> _Part:
+    return _Part(math.inf, math.inf, math.inf, -1.0, why)
+
+
+def _one(eager: torch.Tensor, other: torch.Tensor) -> _Part:
     import torch
 
     if eager.shape != other.shape:
-        return math.inf, math.inf, math.inf, -1.0
+        return _lost(f"its shape is {list(other.shape)}, eager's is {list(eager.shape)}")
     if not eager.numel():
-        return 0.0, 0.0, 0.0, 1.0
-    if not eager.is_floating_point():
-        wrong = float((eager != other.to(eager.dtype)).double().mean())
-        return (math.inf, wrong, math.inf, 1.0 - wrong) if wrong else (0.0, 0.0, 0.0, 1.0)
+        return _SAME
+    if eager.is_complex():
+        eager, other = (torch.view_as_real(t.resolve_conj()) for t in (eager, other.to(eager.dtype)))
     a, b = eager.detach().double().flatten(), other.detach().double().flatten()
-    same = a == b  # infinities of masks that are equal
+    if not eager.is_floating_point():
+        gap = (a - b).abs()
+        wrong = float((gap > 0).double().mean())
+        return _Part(float(gap.max()), float(gap.mean()), math.inf, 1.0 - wrong) if wrong else _SAME
     finite = torch.isfinite(a)
-    if not torch.equal(finite | same, torch.isfinite(b) | same):
-        return math.inf, math.inf, math.inf, -1.0
+    same = (a == b) | (torch.isnan(a) & torch.isnan(b))  # infinities of masks, and what is undefined in eager, too
+    odd = int((~(same | (finite & torch.isfinite(b)))).sum())
+    if odd:
+        return _lost(f"{odd} of {a.numel()} values are infinite or NaN where eager's are not, or the other way round")
     a, b = a[finite], b[finite]
     if not a.numel():
-        return 0.0, 0.0, 0.0, 1.0
+        return _SAME
     gap = (a - b).abs()
     scale = float(a.abs().max())
     lengths = float(a.norm() * b.norm())
     cosine = float(a @ b) / lengths if lengths else float(torch.equal(a, b))
     largest = float(gap.max())
-    return largest, float(gap.mean()), largest / scale if scale else (0.0 if not largest else math.inf), cosine
+    return _Part(largest, float(gap.mean()), largest / scale if scale else (0.0 if not largest else math.inf), cosine)
 
 
 def _top1(eager: torch.Tensor, other: torch.Tensor) -> float | None:
     if not eager.is_floating_point() or eager.dim() < 2 or eager.shape[-1] < 2 or eager.shape != other.shape:
         return None
-    return float((eager.argmax(-1) == other.argmax(-1)).double().mean())
+    return float((eager.argmax(-1) == other.argmax(-1)).double().mean()) if eager.numel() else None

@@ -25,6 +25,12 @@ from plait.serve.subject import Subject
 __all__ = ["Request", "main"]
 
 
+_LACKING = re.compile(
+    r"No conversion rule found|Conversion is failed for|No ONNX function found|No decompositions registered|"
+    r"no kernel for|Unsupported (?:fx node|operator|node)|not implemented for",
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Request:
     """What a child is to do."""
@@ -85,15 +91,14 @@ def main(path: str) -> int:
 
 
 def _explained(problem: Exception, request: Request) -> dict[str, Any]:
-    text = chain = _plain(f"{type(problem).__name__}: {problem}")
-    innermost, cause = "", problem.__cause__ or problem.__context__
+    text = _plain(f"{type(problem).__name__}: {problem}")
+    texts, cause = [text], problem.__cause__ or problem.__context__
     while cause is not None:
-        innermost = _plain(f"{type(cause).__name__}: {cause}")
-        chain += f"\n{innermost}"
+        texts.append(_plain(f"{type(cause).__name__}: {cause}"))
         cause = cause.__cause__ or cause.__context__
-    because = f" (because of {_first_lines(innermost)})" if innermost and innermost not in text else ""
+    chain = "\n".join(texts)
     found: dict[str, Any] = {
-        "error": _first_lines(text, 160 if because else 300) + because,
+        "error": _in_short(text, texts),
         "detail": chain[-6000:],
         "trace": traceback.format_exc()[-6000:],
     }
@@ -103,12 +108,23 @@ def _explained(problem: Exception, request: Request) -> dict[str, Any]:
         from plait.serve.blame import blame
 
         subject = Subject.read(Path(request.subject))
-        for name in subject.entries:
-            blamed = blame(chain, subject.program(name))
-            if blamed is not None:
-                found.update(operator=blamed.operator, where=blamed.where)
-                break
+        programs = [subject.program(name) for name in subject.entries]
+        # From the innermost on: what is around it may show the whole graph, in which every operator is named.
+        blamed = next(filter(None, (blame(t, program) for t in reversed(texts) for program in programs)), None)
+        if blamed is not None:
+            found.update(operator=blamed.operator, where=blamed.where)
     return found
+
+
+def _in_short(text: str, texts: list[str]) -> str:
+    """The lines that say what is lacking, where there are any, which may stand far down; else the first ones, and the cause's."""
+    for one in reversed(texts):
+        telling = [line.strip(" -") for line in one.splitlines() if _LACKING.search(line)]
+        if telling:
+            return _first_lines("\n".join([text.partition(":")[0] + ":", *dict.fromkeys(telling)]), 400)
+    if texts[-1] in text:
+        return _first_lines(text)
+    return f"{_first_lines(text, 160)} (because of {_first_lines(texts[-1])})"
 
 
 def _plain(text: str) -> str:

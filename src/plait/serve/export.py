@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -16,8 +17,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from plait.errors import PlaitError, ServeError
 from plait.hardware.placement import place_here
 from plait.serve.backend import PRECISIONS
+from plait.serve.output_folder import check_output, write_whole
 from plait.serve.registry import chosen
-from plait.serve.rows import Rows, served_entry
+from plait.serve.rows import Rows, folder_name, served_entry
 
 if TYPE_CHECKING:
     from torch import nn
@@ -101,6 +103,7 @@ def export(
     tell("", "building the model")
     source = source_of(model, target=target, inputs=inputs)
     out = Path(output) if output is not None else _default_output(model, source.name)
+    check_output(out, [folder_name(name, p) for name in places for p in precisions])
     try:
         with _folder(scratch) as folder:
             prepared = _prepared(source, folder, sizes, data, tell)
@@ -266,21 +269,26 @@ def _write_start(out: Path, report: dict[str, Any]) -> None:
     tuned = report.get("tuned")
     text = start_file(report["model"], out, report["rows"], tuned if tuned and "error" not in tuned else None)
     try:
-        (out / NAME).write_text(text, encoding="utf-8")
+        write_whole(out / NAME, text)
         report["placement"]["start_file"] = str(out / NAME)
     except OSError as problem:
         report["report_error"] = f"{NAME} was not written: {problem.strerror}"
 
 
 def _write_report(out: Path, report: dict[str, Any]) -> None:
-    aside = out / f".report.{os.getpid()}.tmp"
     try:
         out.mkdir(parents=True, exist_ok=True)
-        aside.write_text(json.dumps(report, indent=1), encoding="utf-8")
-        aside.replace(out / "report.json")
+        write_whole(out / "report.json", json.dumps(_sayable(report), indent=1, allow_nan=False))
     except OSError as problem:
         report["report_error"] = f"report.json was not written: {problem.strerror}"
-        with suppress(OSError):
-            aside.unlink(missing_ok=True)
     if shutil.disk_usage(out if out.exists() else Path.cwd()).free == 0:
         report.setdefault("report_error", "the disk is full")
+
+
+def _sayable(value: Any) -> Any:
+    """The value with null for what JSON has no number for: the error of a runtime that gave something else altogether."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _sayable(item) for key, item in value.items()}
+    return [_sayable(item) for item in value] if isinstance(value, list | tuple) else value

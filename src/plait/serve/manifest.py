@@ -8,9 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -18,10 +16,10 @@ from typing import Any, Self
 from plait.errors import ServeError
 from plait.serve.subject import Entry
 
-__all__ = ["MANIFEST", "Manifest", "finished_folder", "folder_bytes"]
+__all__ = ["FORMAT", "MANIFEST", "Manifest", "folder_bytes"]
 
 MANIFEST = "manifest.json"
-_FORMAT = "plait artefact 1"
+FORMAT = "plait artefact 1"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,7 +47,7 @@ class Manifest:
             if path.is_file() and path.name != MANIFEST
         }
         data = {
-            "format": _FORMAT,
+            "format": FORMAT,
             "backend": self.backend,
             "precision": self.precision,
             "entries": {name: entry.to_dict() for name, entry in self.entries.items()},
@@ -74,8 +72,8 @@ class Manifest:
         """
         try:
             data = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-            if data.pop("format") != _FORMAT:
-                raise ValueError(f"not of the format {_FORMAT!r}")
+            if data.pop("format") != FORMAT:
+                raise ValueError(f"not of the format {FORMAT!r}")
             files = {str(name): (int(nbytes), str(digest)) for name, (nbytes, digest) in data.pop("files").items()}
             entries = {str(name): Entry.from_dict(entry) for name, entry in data.pop("entries").items()}
             facts, versions = data.pop("facts"), data.pop("versions")
@@ -122,24 +120,3 @@ def _sha256(path: Path) -> str:
 def folder_bytes(folder: Path) -> int:
     """Bytes of all files but the manifest."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
-
-
-@contextmanager
-def finished_folder(final: Path) -> Iterator[Path]:
-    """An empty folder that takes the final name when the block ends well, and is gone when it does not.
-
-    An older folder of that name is replaced only then.
-    """
-    final.parent.mkdir(parents=True, exist_ok=True)
-    aside = final.with_name(f".{final.name}.{os.getpid()}.tmp")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
-    try:
-        yield aside
-        old = final.with_name(f".{final.name}.{os.getpid()}.old")
-        if final.exists():
-            final.rename(old)
-        aside.rename(final)
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)

@@ -13,8 +13,9 @@ import torch
 from torch import nn
 
 from plait.capture import batch as batches
-from plait.capture.trace import call_model
-from plait.errors import CheckpointError
+from plait.capture.job import Job
+from plait.capture.trace import call_model, user_line
+from plait.errors import CaptureError, CheckpointError, TargetError
 from plait.serve.entry import Flat, export_entry, write_sample
 from plait.serve.perturb import perturb
 from plait.serve.runtimes.huggingface import keep_config
@@ -22,6 +23,9 @@ from plait.serve.source import Source, eval_mode
 from plait.serve.subject import Entry, Sample, Subject, misfit
 
 __all__ = ["Prepared", "outputs_moved", "prepare"]
+
+Run = Callable[[Sequence[torch.Tensor]], Sequence[torch.Tensor]]
+_LEAST_TRIED = 8  # lengths from the least that torch.export allows, for the least that eager runs
 
 
 class Prepared:
@@ -43,19 +47,7 @@ def prepare(
         CaptureError: torch.export cannot capture the model; the message has the user's line.
     """
     with eval_mode(source.module):
-        tell("capturing the model")
-        most = max(2, *asked)
-        job = source.serving_job
-        first = batches.resized(job, 2)[0]
-        dims = _batch_dims(job)
-        entry, flat = export_entry(source.module, first, dims, folder=folder, most=most)
-        if "batch" not in entry.dims and asked[0] != 2:
-            # Fixed sizes: then those that were asked for first.
-            first = batches.resized(job, asked[0])[0]
-            entry, flat = export_entry(source.module, first, dims, folder=folder, most=most)
-        tell("running eager")
-        run = _runner(source.module, flat)
-        samples = _samples(source, entry, flat, asked, folder, run)
+        entry, flat, samples, run = _exported(source, folder, asked, tell)
         kept = [batch for batch in data if _fits(entry, flat, source, batch)]
         held = [
             write_sample(
@@ -81,28 +73,151 @@ def prepare(
     return Prepared(subject, flat, kept)
 
 
-def _batch_dims(job: Any) -> list[int | None]:
+def _exported(
+    source: Source, folder: Path, asked: Sequence[int], tell: Callable[[str], None]
+) -> tuple[Entry, Flat, list[Sample], Run]:
+    """The forward with as much left open as eager itself takes, and its samples.
+
+    What torch.export leaves open is not always what the model can do: a length may have to be even, or fit a parameter.
+    """
+    job = source.serving_job
+    own = batches.batch_size(job) if _has_batch(job) else 0
+    # Exported at batch 2; where that leaves nothing open, at the size that was asked for first, or the model's only one.
+    sizes = dict.fromkeys((2, asked[0], own)) if own else {0: None}
+    first: CaptureError | None = None
+    for size in sizes:
+        inputs = _resized(job, size)
+        for is_open, open_length in ((True, True), (True, False), (False, False)) if size == 2 else ((False, False),):
+            tell("capturing the model")
+            try:
+                _tried(source.module, inputs, size)
+                dims = _batch_dims(job) if is_open else [None] * len(_batch_dims(job))
+                entry, flat = export_entry(
+                    source.module, inputs, dims, folder=folder, most=max(2, *asked), open_length=open_length
+                )
+                if size == 2 and "batch" not in entry.dims and asked[0] != 2:
+                    break
+                tell("running eager")
+                run = _runner(source.module, flat)
+                entry = replace(entry, dims=_run_by_eager(entry, flat, job, run))
+                return entry, flat, _samples(source, entry, flat, asked, folder, run, size), run
+            except _NotEagerError:
+                continue
+            except CaptureError as problem:
+                first = first or problem
+                break
+    raise first or CaptureError(f"export: {type(source.module).__name__} does not run on its sample inputs")
+
+
+class _NotEagerError(Exception):
+    """The module itself does not take a size that its program was exported for."""
+
+
+def _tried(module: nn.Module, inputs: Any, size: int) -> None:
+    """Run eager once, so that what is wrong with the model itself is not said of its capture."""
+    try:
+        with torch.no_grad():
+            call_model(module, inputs)
+    except Exception as problem:
+        where, text = user_line(problem), str(problem).strip().splitlines()
+        raise CaptureError(
+            f"export: {type(module).__name__} does not run in eval mode on its sample inputs{f' at batch {size}' if size else ''}: "
+            f"{type(problem).__name__}{f' at {where}' if where else ''} ({text[0][:200] if text else 'no message'})",
+            hint="give the Job a batch (or inputs=) that its forward takes",
+        ) from None
+
+
+def _run_by_eager(entry: Entry, flat: Flat, job: Job, run: Run) -> dict[str, tuple[int, int]]:
+    """The entry's open sizes, from the least that eager runs.
+
+    Raises:
+        _NotEagerError: it does not run two thirds of an open length, or an odd one.
+    """
+    dims = dict(entry.dims)
+    if not dims:
+        return dims
+    whole = flat.tensors(_resized(job, 2))
+    lengths = {name: limits for name, limits in dims.items() if name != "batch"}
+    if lengths and not all(_runs(run, _cut(entry, whole, lengths, part)) for part in (_two_thirds, _odd)):
+        raise _NotEagerError
+    for name, (low, high) in lengths.items():
+        least = next(
+            (
+                n
+                for n in range(low, min(low + _LEAST_TRIED, high))
+                if _runs(run, _cut(entry, whole, {name: (n, high)}, _least))
+            ),
+            0,
+        )
+        if not least:
+            raise _NotEagerError
+        dims[name] = (least, high)
+    if "batch" in dims and not _runs(run, flat.tensors(_resized(job, 1))):
+        dims["batch"] = (2, dims["batch"][1])
+    if "batch" in dims and not _runs(run, flat.tensors(_resized(job, dims["batch"][1]))):
+        raise _NotEagerError
+    return dims
+
+
+def _runs(run: Run, tensors: Sequence[torch.Tensor]) -> bool:
+    try:
+        with torch.no_grad():
+            run(tensors)
+    except Exception:  # whatever the user's code raises says that this size is none of its
+        return False
+    return True
+
+
+def _two_thirds(low: int, size: int) -> int:
+    return max(low, size * 2 // 3)
+
+
+def _odd(low: int, size: int) -> int:
+    return max(low, (size // 2) | 1)
+
+
+def _least(low: int, _size: int) -> int:
+    return low
+
+
+def _has_batch(job: Job) -> bool:
+    """Whether any input has a batch dimension: the nodes and edges of one graph have none."""
+    try:
+        batches.batch_size(job)
+    except TargetError:
+        return False
+    return True
+
+
+def _resized(job: Job, size: int) -> Any:
+    return batches.resized(job, size)[0] if size else job.batch[0]
+
+
+def _batch_dims(job: Job) -> list[int | None]:
     """Batch dimension of every tensor of the job's inputs."""
     leaves = torch.utils._pytree.tree_leaves(job.batch)
+    if not _has_batch(job):
+        return [None for leaf in leaves if isinstance(leaf, torch.Tensor)]
     return [d for leaf, d in zip(leaves, batches.dims_of(job), strict=True) if isinstance(leaf, torch.Tensor)]
 
 
-def _runner(module: nn.Module, flat: Flat) -> Callable[[Sequence[torch.Tensor]], Sequence[torch.Tensor]]:
+def _runner(module: nn.Module, flat: Flat) -> Run:
     return lambda tensors: flat.flatten_outputs(call_model(module, flat.inputs(tensors)))
 
 
-def _samples(source: Source, entry: Entry, flat: Flat, asked: Sequence[int], folder: Path, run: Any) -> list[Sample]:
-    """At the exported sizes, at one, at every asked batch, and at two thirds of the length where that is open."""
+def _samples(
+    source: Source, entry: Entry, flat: Flat, asked: Sequence[int], folder: Path, run: Run, size: int
+) -> list[Sample]:
+    """At the exported sizes, at one, at every asked batch, and where the length is open at two thirds of it and the least."""
     job = source.serving_job
+    sizes: list[int] = [size]
     if "batch" in entry.dims:
         low, high = entry.dims["batch"]
         sizes = [b for b in dict.fromkeys((2, 1, *asked)) if low <= b <= high]
-    else:
-        sizes = [batches.batch_size(job) if not asked else (2 if _exported_two(entry, flat, job) else asked[0])]
-    wanted = [flat.tensors(batches.resized(job, size)[0]) for size in sizes]
+    wanted = [flat.tensors(_resized(job, n)) for n in sizes]
     lengths = {name: limits for name, limits in entry.dims.items() if name != "batch"}
     if lengths:
-        wanted.append(_shorter(entry, wanted[0], lengths))
+        wanted += [_cut(entry, wanted[0], lengths, part) for part in (_two_thirds, _least)]
     files = [f"{entry.name}-{i}.safetensors" for i in range(len(wanted))]
     if not source.random:
         return [write_sample(entry, folder, f, t, {"out": run}) for f, t in zip(files, wanted, strict=True)]
@@ -117,19 +232,20 @@ def _given(outputs: Sequence[torch.Tensor], _inputs: Sequence[torch.Tensor]) -> 
     return outputs
 
 
-def _exported_two(entry: Entry, flat: Flat, job: Any) -> bool:
-    shapes = [tuple(t.shape) for t in flat.tensors(batches.resized(job, 2)[0])]
-    return shapes == [spec.shape for spec in entry.inputs]
-
-
-def _shorter(entry: Entry, tensors: Sequence[torch.Tensor], lengths: dict[str, tuple[int, int]]) -> list[torch.Tensor]:
+def _cut(
+    entry: Entry,
+    tensors: Sequence[torch.Tensor],
+    lengths: dict[str, tuple[int, int]],
+    part: Callable[[int, int], int],
+) -> list[torch.Tensor]:
+    """The tensors with each of the open `lengths` cut to part(least, length)."""
     found = []
     for spec, tensor in zip(entry.inputs, tensors, strict=True):
-        part = tensor
+        cut = tensor
         for i, size in enumerate(spec.shape):
             if size in lengths:
-                part = part.narrow(i, 0, max(lengths[str(size)][0], tensor.shape[i] * 2 // 3))
-        found.append(part.contiguous())
+                cut = cut.narrow(i, 0, min(tensor.shape[i], part(lengths[str(size)][0], tensor.shape[i])))
+        found.append(cut.contiguous())
     return found
 
 

@@ -9,11 +9,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from plait.errors import PlaitError
+from plait.errors import PlaitError, ServeError
 from plait.serve.backend import Backend
 from plait.serve.child import Request
 from plait.serve.isolate import run_child
-from plait.serve.manifest import Manifest, finished_folder
+from plait.serve.manifest import Manifest
+from plait.serve.output_folder import finished_folder
 from plait.serve.registry import backend_at
 from plait.serve.subject import Entry
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from plait.serve.prepare import Prepared
     from plait.serve.source import Source
 
-__all__ = ["Rows", "served_entry"]
+__all__ = ["Rows", "folder_name", "served_entry"]
 
 
 class Rows:
@@ -64,7 +65,7 @@ class Rows:
             interpreter = backend.interpreter()
         except PlaitError as problem:
             return {**start, "status": "missing", "error": problem.message, "hint": problem.hint}
-        folder = self._out / "-".join(filter(None, (name, "" if precision == "fp32" else precision, variant)))
+        folder = self._out / folder_name(name, precision, variant)
         work = _Work(
             backend=backend,
             place=place,
@@ -79,6 +80,8 @@ class Rows:
             full = problem.errno in (28, 27, 122)  # ENOSPC, EFBIG, EDQUOT
             what = "the disk is full" if full else str(problem.strerror or problem)
             return {**start, "status": "failed", "error": f"{what}: nothing was left in {folder}"}
+        except ServeError as problem:  # something else has taken the folder's place meanwhile
+            return {**start, "status": "failed", "error": problem.message, "hint": problem.hint}
 
     def _made(self, work: _Work, folder: Path) -> dict[str, Any]:
         begin = time.monotonic()
@@ -163,6 +166,11 @@ class _Work:
 
 class _NothingKeptError(Exception):
     """Ends the folder that is being made without giving it its name."""
+
+
+def folder_name(name: str, precision: str, variant: str = "") -> str:
+    """Of an artefact, in the output folder."""
+    return "-".join(filter(None, (name, "" if precision == "fp32" else precision, variant)))
 
 
 def served_entry(entry: Entry, facts: dict[str, Any]) -> Entry:

@@ -115,7 +115,12 @@ def _refuse_too_large(job: Job) -> None:
     """Exporting holds about four copies of the weights at a time: two here, two in a runtime's process."""
     from plait.capture.build import build
 
-    module = build(job, seed=0, values=False).module
+    try:
+        module = build(job, seed=0, values=False).module
+    except TargetError as problem:
+        if "no parameters" in problem.message:
+            return  # nothing to train, and something to serve
+        raise
     need = 4 * sum(p.numel() * p.element_size() for p in module.parameters())
     try:
         text = Path("/proc/meminfo").read_text(encoding="utf-8")

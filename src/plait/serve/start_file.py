@@ -9,9 +9,10 @@ from typing import Any
 
 from plait.hardware.placement import places_here
 
-__all__ = ["NAME", "start_file"]
+__all__ = ["MARK", "NAME", "start_file"]
 
 NAME = "serve.sh"
+MARK = "Written by each `plait export`"  # by which a file of that name is known to be one
 
 
 def start_file(name: str, folder: Path, rows: list[dict[str, Any]], tuned: Mapping[str, Any] | None) -> str:
@@ -23,7 +24,7 @@ def start_file(name: str, folder: Path, rows: list[dict[str, Any]], tuned: Mappi
     good = [row["folder"] for row in rows if row["status"] == "ok" and "folder" in row]
     place = Path(tuned["folder"] if tuned else good[0])
     loaded = f'plait.serve.load_tuned("{folder / "tune.json"}")' if tuned else f'plait.serve.load("{place}")'
-    parts = [_HEAD.format(name=name, loaded=loaded, more=_more(tuned), chosen=_chosen())]
+    parts = [_HEAD.format(name=name, mark=MARK, loaded=loaded, more=_more(tuned), chosen=_chosen())]
     if tuned:
         parts.append(_settings(tuned))
     return "".join((*parts, _BODY))
@@ -58,7 +59,7 @@ def _settings(tuned: Mapping[str, Any]) -> str:
 
 _HEAD = """\
 #!/usr/bin/env bash
-# Starts servers of {name} on this computer's CPU. Written by each `plait export`: copy it to change it.
+# Starts servers of {name} on this computer's CPU. {mark}: copy it to change it.
 #
 #     bash serve.sh python server.py                one process
 #     PROCESSES=2 bash serve.sh python server.py    two, each on its own share of the cores; PLAIT_INDEX is 0 in the first

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import tempfile
+import traceback
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -36,18 +38,35 @@ class ExecuTorch(Backend):
             from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
             from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
 
+        from plait.serve.runtimes.lacking import VOLUMES, converted
         from plait.serve.runtimes.spelled import SORTING, spelled
 
         shares = []
         for name in subject.entries:
-            program = spelled(subject.program(name), SORTING)
+            program = spelled(subject.program(name), {**SORTING, **VOLUMES})
             program = _quantised(program, subject, name) if precision == "int8" else cast(program, precision)
-            with _quiet():
+
+            def convert(
+                program: torch.export.ExportedProgram, partitioner: Sequence[Any] = (XnnpackPartitioner(),)
+            ) -> tuple[Any, Any]:
                 # Its check of operators' types takes the length of a tensor, which closes the batch dimension for good.
                 config = EdgeCompileConfig(_check_ir_validity=False)
-                edge = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()], compile_config=config)
-                shares.append(_share(edge))
-                (folder / f"{name}.pte").write_bytes(edge.to_executorch().buffer)
+                edge = to_edge_transform_and_lower(program, partitioner=list(partitioner), compile_config=config)
+                lowered = edge.to_executorch()
+                _refuse_lacking(lowered)
+                return edge, lowered
+
+            with _quiet():
+                try:
+                    edge, lowered = converted(convert, program)
+                    shares.append(_share(edge))
+                except Exception as problem:
+                    if precision == "int8" or not _is_of_xnnpack(problem):
+                        raise
+                    # Its passes do not know every graph (a branch of torch.cond): then all of it runs by portable kernels.
+                    edge, lowered = converted(partial(convert, partitioner=()), program)
+                    shares.append(f"{_share(edge)}; XNNPACK refused it: {str(problem).splitlines()[0][:120]}")
+                (folder / f"{name}.pte").write_bytes(lowered.buffer)
         return {"note": "; ".join(shares)}
 
     def load(self, artefact: Artefact) -> Runner:
@@ -65,9 +84,37 @@ class ExecuTorch(Backend):
 
         def run(*inputs: torch.Tensor) -> Sequence[torch.Tensor]:
             # Cloned: the method writes its next outputs into the same memory. The program is kept alive with the method.
-            return [value.clone() for value in method.execute(list(inputs))] if program else []
+            try:
+                return [value.clone() for value in method.execute(list(inputs))] if program else []
+            except RuntimeError:
+                with _quiet():  # once more, for what it writes: the error itself is a number
+                    method.execute(list(inputs))
+                raise
 
         return in_precision(run, artefact.entry, artefact.precision)
+
+
+def _is_of_xnnpack(problem: BaseException | None) -> bool:
+    """Whether XNNPACK's own code raised it, or is named by it."""
+    while problem is not None:
+        if "xnnpack" in str(problem).lower() or any(
+            "/xnnpack/" in frame.filename for frame in traceback.extract_tb(problem.__traceback__)
+        ):
+            return True
+        problem = problem.__cause__ or problem.__context__
+    return False
+
+
+def _refuse_lacking(lowered: Any) -> None:
+    """Name the operators that the runtime has no kernel for: when it loads the program it gives a number alone."""
+    from executorch.runtime import Runtime
+
+    known = Runtime.get().operator_registry.operator_names
+    plans = lowered.executorch_program.execution_plan
+    wanted = [f"{o.name}.{o.overload}" if o.overload else o.name for plan in plans for o in plan.operators]
+    lacking = sorted(set(wanted) - set(known))
+    if lacking:
+        raise RuntimeError(f"no kernel for {', '.join(lacking)}")
 
 
 def _share(edge: Any) -> str:

@@ -96,12 +96,21 @@ class OnnxRuntime(Backend):
         session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         taken = {value.name for value in session.get_inputs()}
         names = [spec.name for spec in artefact.entry.inputs]
+        is_complex = [spec.dtype.startswith("complex") for spec in artefact.entry.outputs]
 
         def run(*inputs: torch.Tensor) -> Sequence[torch.Tensor]:
-            feed = {n: t.detach().numpy() for n, t in zip(names, inputs, strict=True) if n in taken}
-            return [torch.from_numpy(value) for value in session.run(None, feed)]
+            feed = {n: _real(t.detach()).numpy() for n, t in zip(names, inputs, strict=True) if n in taken}
+            given = [torch.from_numpy(value) for value in session.run(None, feed)]
+            # ONNX has real numbers alone: the exporter writes a complex one as two in a last dimension.
+            return [torch.view_as_complex(t) if c else t for t, c in zip(given, is_complex, strict=True)]
 
         return in_precision(run, artefact.entry, artefact.precision)
+
+
+def _real(tensor: torch.Tensor) -> torch.Tensor:
+    import torch
+
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
 def write_onnx(subject: Subject, name: str, path: Path, program: torch.export.ExportedProgram | None = None) -> int:
@@ -112,18 +121,25 @@ def write_onnx(subject: Subject, name: str, path: Path, program: torch.export.Ex
     import onnx
     import torch
 
+    from plait.serve.runtimes.lacking import converted
+
     entry = subject.entries[name]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+
+    def convert(program: torch.export.ExportedProgram) -> torch.onnx.ONNXProgram:
         written = torch.onnx.export(
-            program or subject.program(name),
+            program,
             dynamo=True,
             opset_version=OPSET,
             input_names=[spec.name for spec in entry.inputs],
             output_names=[_distinct(spec.name, entry) for spec in entry.outputs],
             verbose=False,
         )
-    assert written is not None
+        assert written is not None
+        return written
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        written = converted(convert, program or subject.program(name))
     written.save(str(path), external_data=subject.parameter_bytes > _PROTOBUF_LIMIT)
     # By its path, since a file with data beside it cannot be checked in memory.
     onnx.checker.check_model(str(path), full_check=True)

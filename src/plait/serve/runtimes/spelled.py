@@ -10,6 +10,7 @@ torch's own devices implement. Each is replaced in the exported program by a fun
     aten.diff                               neighbours subtracted                           two slices
     aten.__and__, aten.__or__               bitwise                                         aten.bitwise_and, aten.bitwise_or
     aten.new_ones, aten.empty_like                                                          aten.full, aten.zeros_like
+    aten.detach_, aten.lift_fresh_copy      what torch.tensor(...) in a forward is made by  aten.detach, aten.clone
     aten.view                               a reshape that copies nothing                   aten.reshape: a runtime lays tensors
                                                                                             out as it likes
     attention, reshaped                     torch's kernel lays its result out so that      a copy after it
@@ -163,11 +164,14 @@ def spelled(
         aten.empty_like.default: aten.zeros_like.default,
         aten.__and__.Tensor: aten.bitwise_and.Tensor,
         aten.__or__.Tensor: aten.bitwise_or.Tensor,
+        aten.detach_.default: aten.detach.default,
+        aten.lift_fresh_copy.default: aten.clone.default,
     }
-    for node in program.graph.nodes:
-        if node.target in swapped:
-            node.target = swapped[node.target]
-    program.graph_module.recompile()
+    for part in program.graph_module.modules():  # branches of torch.cond are parts of their own
+        if isinstance(part, torch.fx.GraphModule):
+            for node in part.graph.nodes:
+                node.target = swapped.get(node.target, node.target) if node.op == "call_function" else node.target
+            part.recompile()
     if not any(_spelling(node, further) for node in program.graph.nodes):
         return program
     module: Any = program.module(check_guards=False)

@@ -39,7 +39,7 @@ class TorchProgram(Backend):
         held: dict[str, torch.Tensor] = {}
         for name in subject.entries:
             program = scattered(cast(subject.program(name), precision))
-            held = held or {key: tensor.detach() for key, tensor in program.state_dict.items()}
+            held = held or {key: _whole(tensor.detach()) for key, tensor in program.state_dict.items()}
             if len(subject.entries) > 1:
                 _empty(program, held)
             write_program(program, folder / f"{name}.pt2")
@@ -65,6 +65,12 @@ class TorchProgram(Backend):
         # The manifest refuses other shapes; torch's own guards would refuse one sample, which was checked.
         module: Any = program.module(check_guards=False)
         return in_precision(module, artefact.entry, artefact.precision)
+
+
+def _whole(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor; a copy where it is a part of a larger memory (a window made by cutting off its end), which no file takes."""
+    used = tensor.numel() * tensor.element_size()
+    return tensor if tensor.untyped_storage().nbytes() == used else tensor.clone()
 
 
 def _own_name(name: str) -> str:
