@@ -20,15 +20,20 @@ import re
 import signal
 import time
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import architectures
 import torch
 
+from plait.capture.trace import call_model
 from plait.errors import PlaitError
 
-CAPACITY, LIMIT, LARGEST = 96, 90, 60_000_000
+if TYPE_CHECKING:
+    from plait.serve.source import Source
+
+CAPACITY, LIMIT, LARGEST = 96, 150, 60_000_000
 
 _SMALL: dict[str, Any] = {
     **architectures.SMALL,
@@ -36,7 +41,14 @@ _SMALL: dict[str, Any] = {
     **dict.fromkeys(("intermediate_size", "ffn_dim", "d_ff", "n_inner", "hidden_dim", "moe_intermediate_size"), 96),
     **dict.fromkeys(("encoder_ffn_dim", "decoder_ffn_dim", "shared_expert_intermediate_size"), 96),
     **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len"), 128),
-    **dict.fromkeys(("head_dim", "d_kv", "sliding_window", "q_lora_rank", "kv_lora_rank"), 16),
+    **dict.fromkeys(("head_dim", "d_kv", "q_lora_rank", "kv_lora_rank", "index_head_dim"), 16),
+    # Windows that are shorter than what is generated, so that they matter.
+    **dict.fromkeys(("sliding_window", "sliding_window_size", "window_size", "attention_window_size"), 16),
+    **dict.fromkeys(("local_attention", "attention_chunk_size", "index_topk", "keep_window_size"), 16),
+    "mamba_chunk_size": 16,
+    "index_n_heads": 2,
+    **dict.fromkeys(("linear_num_key_heads", "linear_num_value_heads"), 4),
+    **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim"), 16),
     **dict.fromkeys(("qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim"), 8),
     **dict.fromkeys(("num_experts_per_tok", "moe_k", "top_k_experts", "moe_topk", "num_experts_per_token"), 2),
     **dict.fromkeys(("n_group", "topk_group", "num_expert_groups"), 1),
@@ -45,7 +57,7 @@ _LATENT = "num_key_value_heads=4&kv_lora_rank=16&q_lora_rank=16&qk_rope_head_dim
 _MORE: dict[str, str] = {
     **{k: v for k, v in architectures.MORE.items() if k not in ("gemma2", "mistral")},
     **dict.fromkeys(("gptj", "codegen"), "rotary_dim=8"),
-    **dict.fromkeys(("axk2", "minicpm3", "glm4_moe_lite"), _LATENT),
+    **dict.fromkeys(("axk2", "minicpm3", "glm4_moe_lite", "deepseek_v32", "glm_moe_dsa", "hy_v4"), _LATENT),
     **dict.fromkeys(("axk1", "deepseek_v3", "longcat_flash", "youtu"), f"{_LATENT}&head_dim=8"),
     "deepseek_v2": f"{_LATENT}&num_experts_per_tok=2&n_group=1&topk_group=1",
     **dict.fromkeys(("hunyuan_v1_dense", "hunyuan_v1_moe", "ministral"), "head_dim=16"),
@@ -56,27 +68,66 @@ _MORE: dict[str, str] = {
     "gemma4": "text_config.vocab_size_per_layer_input=99&text_config.num_kv_shared_layers=0",
     "jamba": "attn_layer_period=2&attn_layer_offset=1",
     "reformer": "axial_pos_embds_dim=16,48&axial_pos_shape=8,16",
+    "kimi_linear": "linear_head_dim=16&linear_num_heads=4",
+    "lfm2_moe": 'layer_types=["full_attention","conv"]',
+    "dbrx": 'attn_config={"kv_n_heads":2,"rope_theta":10000.0}',
+    "blt": "encoder_hash_byte_group_vocab=1000",
+    "dots3_note": "vision_config.num_hidden_layers=42",
+    "cohere_compass_text": 'rope_parameters={"full_attention":{"rope_type":"default","rope_theta":1e4,"mrope_section":[4,2,2]}}',
     "dots1": "n_routed_experts=4&num_experts_per_tok=2&n_shared_experts=1&n_group=1&topk_group=1",
 }
+
+
+def small(model_type: str) -> tuple[str, Source]:
+    """The target and what it makes: the type small, with a layer of every kind that it has where the small config takes that; moved weights; it runs."""
+    stated = _MORE.get(model_type, "")
+    kinds = every_kind(model_type)
+    if kinds:
+        with suppress(Exception):
+            return _running(model_type, "&".join([f"{key}={value}" for key, value in kinds.items()] + [stated]))
+    return _running(model_type, stated)
+
+
+def every_kind(model_type: str) -> dict[str, str]:
+    """Keys of a config for as few layers as have all kinds of attention and of feed-forward of the type's own config."""
+    from transformers import CONFIG_MAPPING
+
+    config = CONFIG_MAPPING[model_type]()
+    found: dict[str, str] = {}
+    for prefix, part in (("", config), ("text_config.", getattr(config, "text_config", None))):
+        keys = ("layer_types", "mlp_layer_types")
+        lists = {key: list(dict.fromkeys(getattr(part, key, None) or ())) for key in keys}
+        count = max(2, *map(len, lists.values()))
+        for key, kinds in lists.items():
+            if kinds:
+                found[prefix + key] = json.dumps((kinds + kinds[-1:] * count)[:count], separators=(",", ":"))
+                found[f"{prefix}num_hidden_layers"] = str(count)
+    return found
+
+
+def _running(model_type: str, more: str) -> tuple[str, Source]:
+    from plait.serve.perturb import perturb
+    from plait.serve.source import eval_mode, source_of
+
+    target = architectures.small(model_type, _SMALL, {model_type: more}, is_decoder=True)
+    source = source_of(target)
+    if sum(p.numel() for p in source.module.parameters()) > LARGEST:
+        raise ValueError("too large: it has sizes that the small config does not name")
+    perturb(source.module.state_dict())
+    inputs = source.serving_job.batch[0]
+    with eval_mode(source.module):
+        call_model(source.module, inputs)
+    return target, source
 
 
 def tried(model_type: str) -> dict[str, Any]:
     """What came of one type."""
     from plait.serve.decoding.decode import with_cache
-    from plait.serve.perturb import perturb
-    from plait.serve.source import eval_mode, source_of
+    from plait.serve.source import eval_mode
 
     found: dict[str, Any] = {"type": model_type}
     try:
-        found["target"] = architectures.small(model_type, _SMALL, _MORE, is_decoder=True)
-        source = source_of(found["target"])
-        if sum(p.numel() for p in source.module.parameters()) > LARGEST:
-            return {
-                **found,
-                "status": "not built",
-                "why": "too large: it has sizes that the small config does not name",
-            }
-        perturb(source.module.state_dict())
+        found["target"], source = small(model_type)
         inputs = source.serving_job.batch[0]
     except Exception as problem:
         return {**found, "status": "not built", "why": _without_folders(str(problem))}

@@ -8,7 +8,8 @@ logits at one position:
              and values at all: these are cached, the new ones put in at `position`. What depends on positions alone
              (indices, rotary tables, masks, biases) takes the row at `position` of all `capacity` ones. An operator that mixes
              positions in another way (a running sum, a convolution) is computed over the cache of its inputs, and its row taken.
-    prefill  the graph as it is, which also gives out what is cached, padded to `capacity`.
+    prefill  the graph as it is, which also gives out what is cached, padded to `capacity`. A graph that is not right for
+             short prompts (blocks of positions that Python counts) gets the prompt padded instead.
 
 The cache holds what lies furthest up the chain of layouts in front of the attention and is smallest: key heads before they
 are repeated. Later positions of a cache are zero; a decoder does not look at them, and that it does not is proven by comparing
@@ -71,8 +72,10 @@ class Derived:
     """Operators that every step computes at all positions of the capacity, each with the user's line."""
 
 
-def derive(program: torch.export.ExportedProgram, capacity: int) -> Derived:
-    """From a program `tokens [batch, length] -> (logits [batch, length, vocabulary], ...)` with both dims open.
+def derive(program: torch.export.ExportedProgram, capacity: int, shortest: int = 2) -> Derived:
+    """From a program `tokens [batch, length] -> (logits [batch, length or 1, vocabulary], ...)` with an open length.
+
+    It is right for lengths from `shortest` to `capacity`.
 
     Raises:
         ServeError: the graph is not a decoder's, as far as this can tell; with the operator and the user's line.
@@ -83,7 +86,7 @@ def derive(program: torch.export.ExportedProgram, capacity: int) -> Derived:
             program = program.run_decompositions({})
     module: Any = program.module(check_guards=False)
     inline_regions(module)
-    source = Positions(module, capacity)
+    source = Positions(module, capacity, shortest)
     for node in source.nodes:
         if node.meta.get("autocast"):
             source.refuse(node, "autocast is switched on around it, which a program with a cache does not do")
@@ -91,7 +94,7 @@ def derive(program: torch.export.ExportedProgram, capacity: int) -> Derived:
     order = [n for n in source.nodes if n in cut.points]
     caches = [_spec(source, node, f"cache_{i}", capacity) for i, node in enumerate(order)]
     decode = _Decode(cut, order, caches, capacity).module()
-    return Derived(_prefill(source, order, capacity), decode, caches, cut.recomputed())
+    return Derived(_prefill(source, order, capacity, shortest), decode, caches, cut.recomputed())
 
 
 def _writes(node: fx.Node) -> bool:
@@ -114,19 +117,29 @@ def _dim(source: Positions, node: fx.Node) -> int:
     return next(iter(source.dims(node)))
 
 
-def _prefill(source: Positions, order: list[fx.Node], capacity: int) -> fx.GraphModule:
+def _prefill(source: Positions, order: list[fx.Node], capacity: int, shortest: int) -> fx.GraphModule:
     graph = fx.Graph()
     made: dict[fx.Node, fx.Node] = {}
     for node in source.nodes:
         if node.op != "output":
             made[node] = graph.node_copy(node, lambda n: made[n])
-    length = graph.call_function(aten.sym_size.int, (made[source.tokens], 1))
-    rest = graph.call_function(operator.sub, (capacity, length))
-    outputs = [_last(graph, _head(source, graph, made))]
-    for node in order:
-        behind = node.meta["val"].dim() - 1 - _dim(source, node)
-        padding: Any = [*([0, 0] * behind), 0, rest]
-        outputs.append(graph.call_function(aten.constant_pad_nd.default, (made[node], padding, 0)))
+        if node is source.tokens:
+            length = graph.call_function(aten.sym_size.int, (made[node], 1))
+            rest = graph.call_function(operator.sub, (capacity, length))
+            if shortest > 2:
+                made[node] = graph.call_function(aten.constant_pad_nd.default, (made[node], [0, rest], 0))
+    if shortest > 2:
+        if not source.dims(source.logits):
+            source.refuse(source.logits, f"it gives the last position alone, and takes {shortest} positions or more")
+        first = graph.call_function(operator.sub, (length, 1))
+        row = graph.call_function(aten.slice.Tensor, (made[source.logits], 1, first, length))
+        outputs = [_last(graph, row), *(made[node] for node in order)]
+    else:
+        outputs = [_last(graph, _head(source, graph, made))]
+        for node in order:
+            behind = node.meta["val"].dim() - 1 - _dim(source, node)
+            padding: Any = [*([0, 0] * behind), 0, rest]
+            outputs.append(graph.call_function(aten.constant_pad_nd.default, (made[node], padding, 0)))
     graph.output(tuple(outputs))
     graph.eliminate_dead_code()
     return _as_module(source.module, graph)
@@ -272,6 +285,9 @@ class _Decode:
                 # OpenVINO works a size that is left to it out wrongly where the dims after it hold one position.
                 size = size_of(node.meta["val"].shape[path[1]])
                 holder[last] = size if isinstance(size, int) else leaf
+        for i, argument in enumerate(node.args):
+            if isinstance(argument, tuple):  # operators of a higher order tell them from lists
+                args[i] = tuple(args[i])
         new = self.graph.create_node(node.op, node.target, tuple(args), kwargs)
         new.meta.update({k: v for k, v in node.meta.items() if k != "val"})
         return new

@@ -16,15 +16,15 @@ _CHANGED = 1e-3
 """Difference over the largest value from which on it is no rounding: sums over other lengths round differently."""
 
 
-def looks_ahead(program: torch.export.ExportedProgram, tokens: torch.Tensor, capacity: int) -> str:
+def looks_ahead(program: torch.export.ExportedProgram, tokens: torch.Tensor, capacity: int, shortest: int = 2) -> str:
     """The first operator whose rows change when the second half of `tokens` is cut off, with the user's line; empty: none.
 
     Results are compared that hold one dim of positions and follow from the tokens.
     """
     module: Any = program.module(check_guards=False)
     inline_regions(module)
-    source = Positions(module, capacity)
-    half = tokens.shape[1] // 2
+    source = Positions(module, capacity, shortest)
+    half = max(shortest, tokens.shape[1] // 2)
     whole = _Rows(source, half)
     whole.run(tokens)
     part = _Rows(source, half, whole.rows)

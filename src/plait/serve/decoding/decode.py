@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,12 +12,12 @@ import torch
 from torch import nn
 from torch.export import Dim
 
-from plait.capture.trace import _masks_unread, _no_noise, call_model, user_line
+from plait.capture.trace import _no_noise
 from plait.errors import ServeError
 from plait.serve.decoding.cached import Derived, derive
+from plait.serve.decoding.captured import Logits, call_of, is_last_alone, program_of
 from plait.serve.decoding.causality import looks_ahead
-from plait.serve.decoding.generate import all_inputs, roles_of
-from plait.serve.decoding.positions import line_of, size_of
+from plait.serve.decoding.positions import is_users, size_of
 from plait.serve.entry import write_sample
 from plait.serve.runtimes.spelled import spelled
 from plait.serve.subject import Entry, Subject, TensorSpec, write_program
@@ -43,19 +42,6 @@ class Proof:
     """There: by how much the model's own logit of its token is ahead of that of the other; about 0 is a tie."""
     recomputed: tuple[str, ...] = ()
     """Operators that every step computes at all positions of the capacity, since they mix positions and are no attention."""
-
-
-class _Tokens(nn.Module):
-    """The model with tokens alone as its input, and its logits as its output."""
-
-    def __init__(self, model: nn.Module, call: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        super().__init__()
-        self.model = model
-        self._call = (call,)
-
-    def forward(self, tokens: torch.Tensor) -> tuple[torch.Tensor]:
-        """[batch, length] -> [batch, length, vocabulary]."""
-        return (self._call[0](tokens),)
 
 
 def add_decoder(
@@ -89,13 +75,13 @@ def with_cache(module: nn.Module, inputs: Any, *, capacity: int, most: int) -> t
     Raises:
         ServeError: as `add_decoder`.
     """
-    call = _call_of(module, inputs)
-    program = _program(module, call, capacity, most)
+    call = call_of(module, inputs)
+    program, shortest = program_of(module, call, capacity, most)
     with _told("the programs with a cache cannot be made, or do not run"):
-        derived = derive(program, capacity)
+        derived = derive(program, capacity, shortest)
         proof = prove(derived, call, capacity)
     if not proof.max_rel <= LOGITS:
-        raise _unequal(program, call, capacity, proof)
+        raise _unequal(program, shortest, call, capacity, proof)
     return derived, replace(proof, recomputed=derived.recomputed)
 
 
@@ -108,7 +94,7 @@ def _told(what: str) -> Iterator[None]:
         raise
     except Exception as problem:
         lines = [line.strip() for line in str(problem).splitlines() if line.strip()]
-        user = [line for line in lines if line.startswith('File "') and "/torch/" not in line and "/plait/" not in line]
+        user = [line for line in lines if line.startswith('File "') and is_users(line)]
         where = "".join(f"\n\n  {line}" for line in user[-1:])
         raise ServeError(
             f"decode: {what}: {type(problem).__name__}: {(lines or [''])[0][:200]}{where}",
@@ -116,12 +102,12 @@ def _told(what: str) -> Iterator[None]:
         ) from None
 
 
-def _unequal(program: Any, call: Callable[[torch.Tensor], torch.Tensor], capacity: int, proof: Proof) -> ServeError:
+def _unequal(program: Any, shortest: int, call: Logits, capacity: int, proof: Proof) -> ServeError:
     """The error for a model whose cache gives other logits than the model itself, with the cause where it can be told."""
     with torch.no_grad():
         size = call(torch.zeros(2, 2, dtype=torch.int64)).shape[-1]
         tokens = torch.randint(size, (2, capacity), generator=torch.Generator().manual_seed(0))
-        ahead = looks_ahead(program, tokens, capacity)
+        ahead = looks_ahead(program, tokens, capacity, shortest)
     why = (
         f"the model's own results at a position change with the positions after it, first those of {ahead}"
         if ahead
@@ -134,98 +120,7 @@ def _unequal(program: Any, call: Callable[[torch.Tensor], torch.Tensor], capacit
     )
 
 
-def _call_of(module: nn.Module, inputs: Any) -> Callable[[torch.Tensor], torch.Tensor]:
-    """logits(tokens), whatever the inputs' structure."""
-    leaves, spec = torch.utils._pytree.tree_flatten(inputs)
-    places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
-    roles = roles_of([leaves[i] for i in places])
-    if roles is None:
-        shown = ", ".join(f"{leaves[i].dtype} {list(leaves[i].shape)}" for i in places)
-        raise ServeError(
-            f"decode: a decoder is served tokens [batch, length], beside them at most a mask of ones and positions from 0; "
-            f"{type(module).__name__} takes {shown or 'no tensor'}",
-            hint="export without --max-length",
-        )
-    dtypes = [leaves[i].dtype for i in places]
-
-    def call(tokens: torch.Tensor) -> torch.Tensor:
-        own = list(leaves)
-        for i, tensor in zip(places, all_inputs(roles, dtypes, tokens), strict=True):
-            own[i] = tensor
-        outputs = call_model(module, torch.utils._pytree.tree_unflatten(own, spec))
-        if isinstance(outputs, torch.Tensor):
-            return outputs
-        if isinstance(outputs, dict) and "logits" in outputs:
-            return outputs["logits"]  # type: ignore[no-any-return]
-        values = list(outputs.values()) if isinstance(outputs, dict) else list(outputs)
-        wanted = [v for v in values if isinstance(v, torch.Tensor) and v.dim() == 3 and v.is_floating_point()]
-        if not wanted:
-            raise ServeError(f"decode: {type(module).__name__} gives no logits [batch, length, vocabulary]")
-        return wanted[0]
-
-    return call
-
-
-def _program(module: nn.Module, call: Callable[[torch.Tensor], torch.Tensor], capacity: int, most: int) -> Any:
-    # Not at the capacity itself: a table of so many positions would fix the length to it.
-    tokens = torch.zeros(2, max(3, capacity // 2 + 1), dtype=torch.int64)
-    shapes = {"tokens": {0: Dim.AUTO(max=most), 1: Dim.AUTO(max=capacity)}}
-    try:
-        with torch.no_grad():
-            call(
-                torch.zeros(1, capacity, dtype=torch.int64)
-            )  # a table of positions that ends earlier shows itself here
-            with _no_noise(), _masks_unread():
-                program = torch.export.export(
-                    _Tokens(module, call).eval(), (tokens,), dynamic_shapes=shapes, strict=False
-                )
-    except ServeError:
-        raise
-    except Exception as problem:
-        text = (str(problem).strip().splitlines() or [""])[0][:200]
-        raise ServeError(
-            f"decode: the model does not run, or cannot be captured, at {capacity} positions: {text}\n\n  {user_line(problem)}",
-            hint="--max-length must be within the model's own positions",
-        ) from None
-    _refuse_fixed(program)
-    return program
-
-
-def _refuse_fixed(program: Any) -> None:
-    """A length that the model's Python made a number: a loop over positions, as scans are written."""
-    value = next(n.meta["val"] for n in program.graph.nodes if n.op == "placeholder" and n.name == "tokens")
-    length = size_of(value.shape[1])
-    if not isinstance(length, int):
-        return
-    where = _fixed_at(value, length) or _busiest_line(program)
-    raise ServeError(
-        f"decode: torch.export fixed the model's length to {length}, so no step at one position can be derived: its Python "
-        f"loops over positions or reads their number, or an operator does when it is taken apart\n\n  {where}",
-        hint="generate with the exported forward; a scan over positions has a state of its own, which is no key-value cache",
-    )
-
-
-def _fixed_at(value: Any, length: int) -> str:
-    """The user's line at which export made the length a number; empty where it does not know."""
-    shapes: Any = getattr(getattr(value, "fake_mode", None), "shape_env", None)
-    for symbol, place in getattr(shapes, "replacements_slocs", {}).items():
-        frame = place.framework_loc
-        if shapes.replacements.get(symbol) != length:
-            continue
-        if place.maybe_user_loc:
-            return str(place.maybe_user_loc)
-        if hasattr(frame, "lineno") and "/torch/" not in frame.filename:
-            return f'File "{frame.filename}", line {frame.lineno}, in {frame.name} {frame.line or ""}'
-    return ""
-
-
-def _busiest_line(program: Any) -> str:
-    """The user's line that most operators come from: a loop repeats what is in it."""
-    lines = Counter(line_of(node) for node in program.graph.nodes if node.op == "call_function")
-    return lines.most_common(1)[0][0] if lines else ""
-
-
-def prove(derived: Derived, call: Callable[[torch.Tensor], torch.Tensor], capacity: int, *, seed: int = 0) -> Proof:
+def prove(derived: Derived, call: Logits, capacity: int, *, seed: int = 0) -> Proof:
     """Up to 64 tokens, greedily, by prefill and decode; then the model itself over what was written, once.
 
     The first token that differs from the model's own choice after the same tokens is where greedy generation would part.
@@ -242,7 +137,10 @@ def prove(derived: Derived, call: Callable[[torch.Tensor], torch.Tensor], capaci
             tokens = torch.cat([tokens, given[-1].argmax(-1, keepdim=True)], 1)
             logits, *caches = derived.decode(tokens[:, -1:], torch.tensor([position]), *caches)
             given.append(logits)
-        own = call(tokens)[:, start - 1 :]
+        if is_last_alone(call):
+            own = torch.stack([call(tokens[:, :length])[:, -1] for length in range(start, tokens.shape[1] + 1)], 1)
+        else:
+            own = call(tokens)[:, start - 1 :]
     return compared(torch.stack(given, 1), own, start)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from plait.serve.decoding import rules
+from plait.serve.decoding import lookups, rules
 from plait.serve.decoding.positions import ALL, Positions, View, kind_of
 from plait.serve.decoding.rules import Need, Rule
 
@@ -80,9 +80,9 @@ _RULES = _table(
     (rules.convolved, "conv1d"),
     (rules.einsum, "einsum"),
     (rules.attention, "scaled_dot_product_attention"),
-    (rules.embedded, "embedding"),
-    (rules.indexed, "index"),
-    (rules.selected, "index_select"),
+    (lookups.embedded, "embedding"),
+    (lookups.indexed, "index"),
+    (lookups.selected, "index_select"),
     (rules.filled, "full zeros ones empty new_full new_zeros new_ones new_empty"),
     (_item, "getitem"),
 )

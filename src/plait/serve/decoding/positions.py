@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator
+from pathlib import Path as FilePath
 from typing import Any, NoReturn
 
 import torch
@@ -30,6 +31,7 @@ __all__ = [
     "Positions",
     "View",
     "arguments_of",
+    "is_users",
     "kind_of",
     "leaves",
     "line_of",
@@ -47,6 +49,8 @@ Path = tuple[Any, ...]
 
 EXACT, FLAT, MANY, ODD = "exact", "flat", "many", "odd"
 
+_PLAIT = f"{FilePath(__file__).resolve().parents[2]}/"
+
 VIEWS = {
     "unsqueeze", "expand", "reshape", "view", "clone", "contiguous", "transpose", "permute", "to", "flatten", "_to_copy",
     "repeat_interleave", "alias", "slice", "unflatten", "squeeze", "repeat", "_unsafe_view", "detach",
@@ -55,9 +59,9 @@ VIEWS = {
 
 
 class Positions:
-    """The graph of `tokens [batch, length] -> (logits, ...)`, for lengths from 2 to `capacity`."""
+    """The graph of `tokens [batch, length] -> (logits, ...)`, for lengths from `shortest` to `capacity`."""
 
-    def __init__(self, module: fx.GraphModule, capacity: int) -> None:
+    def __init__(self, module: fx.GraphModule, capacity: int, shortest: int = 2) -> None:
         self.module = module
         self.graph: fx.Graph = module.graph
         self.graph.eliminate_dead_code()
@@ -74,7 +78,8 @@ class Positions:
         """What depends on the tokens' values."""
         self.long = {self.tokens}
         """What depends on the length, or on positions."""
-        self._lengths = sorted({2, 3, max(2, capacity // 3), max(2, capacity - 1), capacity})
+        wanted = (shortest, shortest + 1, capacity // 3, capacity - 1, capacity)
+        self._lengths = sorted({min(capacity, max(shortest, length)) for length in wanted})
         self._kinds: dict[Any, str] = {}
         self._dims: dict[fx.Node, dict[int, str]] = {}
         for node in self.nodes:
@@ -95,6 +100,29 @@ class Positions:
         if not isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool):
             return False
         return all(symbol in (self.length, self.batch) for symbol in value.node.expr.free_symbols)
+
+    def takes_last(self, node: fx.Node) -> bool:
+        """Whether an operator takes the last position alone: x[:, -1], x[:, -1:], x[:, [-1]]."""
+        kind, parent = kind_of(node), node.args[0] if node.args else None
+        if kind not in ("select", "slice", "index") or not isinstance(parent, fx.Node) or self.dims(node):
+            return False
+        if list(self.dims(parent).values()) != [EXACT]:
+            return False
+        where, given = next(iter(self.dims(parent))), arguments_of(node)
+        if kind == "index":
+            index = given["indices"][where] if len(given["indices"]) > where else None
+            return isinstance(index, fx.Node) and self.constant(index) in (-1, [-1])
+        begin = given["index"] if kind == "select" else given["start"]
+        if isinstance(begin, fx.Node):
+            begin = begin.meta["val"].node.expr - self.length if self.is_size(begin) else None
+        return int(given["dim"]) % self.rank(parent) == where and begin == -1
+
+    def constant(self, node: fx.Node) -> Any:
+        """The values of a tensor that the forward wrote down, as a list; None: it is none."""
+        while kind_of(node) in ("lift_fresh_copy", "detach", "clone", "alias"):
+            node = node.all_input_nodes[0]
+        value = operator.attrgetter(str(node.target))(self.module) if node.op == "get_attr" else None
+        return value.tolist() if isinstance(value, torch.Tensor) and value.numel() == 1 else None
 
     def dims(self, node: fx.Node) -> dict[int, str]:
         """The dims of a node's tensor (of the first, where it gives several) whose size follows from the length."""
@@ -183,14 +211,15 @@ class Positions:
 
     @property
     def logits(self) -> fx.Node:
-        """The first output with a value for each position and token."""
+        """The first output with a value for each position and token, or for each token after the last position."""
         outputs: Any = self.graph.output_node().args[0]
         for leaf in outputs if isinstance(outputs, tuple | list) else [outputs]:
             if not isinstance(leaf, fx.Node):
                 continue
             value = leaf.meta.get("val")
-            is_scores = isinstance(value, torch.Tensor) and value.dim() == 3 and value.is_floating_point()
-            if is_scores and self.dims(leaf) == {1: EXACT}:
+            if not isinstance(value, torch.Tensor) or value.dim() != 3 or not value.is_floating_point():
+                continue
+            if self.dims(leaf) == {1: EXACT} or (not self.dims(leaf) and value.shape[1] == 1):
                 return leaf
         raise ServeError("decode: the model has no output [batch, length, vocabulary]")
 
@@ -242,8 +271,13 @@ def size_of(size: Any) -> Any:
 def line_of(node: fx.Node) -> str:
     """The user's line of an operator."""
     lines = [line.strip() for line in (node.stack_trace or "").splitlines()]
-    frames = [i for i, line in enumerate(lines) if line.startswith('File "') and "/torch/" not in line]
+    frames = [i for i, line in enumerate(lines) if line.startswith('File "') and is_users(line)]
     return " ".join(lines[frames[-1] : frames[-1] + 2]) if frames else f"at {node.name}"
+
+
+def is_users(path: str) -> bool:
+    """Whether a file, or a line that names one, is neither torch's nor plait's nor of code that torch wrote."""
+    return "/torch/" not in path and _PLAIT not in path and "<eval_with_key>" not in path
 
 
 def _size(node: fx.Node) -> int:

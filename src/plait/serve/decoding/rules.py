@@ -30,13 +30,12 @@ __all__ = [
     "Need",
     "Rule",
     "aligned",
+    "all_mapped",
     "along",
     "attention",
     "convolved",
     "einsum",
-    "embedded",
     "filled",
-    "indexed",
     "laid_out",
     "linear",
     "padded",
@@ -44,7 +43,6 @@ __all__ = [
     "product",
     "reduced",
     "repeated",
-    "selected",
     "tensors_in",
     "unknown",
 ]
@@ -85,9 +83,10 @@ def _mapped(
     return ones if dims else frozenset({-1})
 
 
-def _all_mapped(
+def all_mapped(
     source: Positions, node: fx.Node, view: View, place: Callable[[fx.Node, int], int | None], **options: Any
 ) -> Need | None:
+    """What inputs give whose dim i becomes dim place(input, i) of the result, or is gone (None)."""
     views: dict[Path, View] = {}
     for path, parent in tensors_in(source, node):
         found = _mapped(source, node, view, parent, lambda i, parent=parent: place(parent, i))  # type: ignore[misc]
@@ -100,7 +99,7 @@ def _all_mapped(
 def aligned(source: Positions, node: fx.Node, view: View) -> Need | None:
     """Element by element, broadcast: dims are counted from the last."""
     rank = source.rank(node)
-    return _all_mapped(source, node, view, lambda parent, i: i + rank - source.rank(parent))
+    return all_mapped(source, node, view, lambda parent, i: i + rank - source.rank(parent))
 
 
 def repeated(source: Positions, node: fx.Node, view: View) -> Need | None:
@@ -147,7 +146,7 @@ def permuted(source: Positions, node: fx.Node, view: View) -> Need | None:
         order.reverse()
     else:  # t, mT, adjoint
         order[-2:] = order[-2:][::-1]
-    return _all_mapped(source, node, view, lambda _, i: order.index(i))
+    return all_mapped(source, node, view, lambda _, i: order.index(i))
 
 
 def along(source: Positions, node: fx.Node, view: View) -> Need | None:
@@ -158,6 +157,8 @@ def along(source: Positions, node: fx.Node, view: View) -> Need | None:
     removed, added = kind in ("unbind", "select"), kind == "stack"
     if dims is None:
         return None
+    if source.takes_last(node):
+        return Need({(0,): source.one(node.args[0])}, True)  # type: ignore[arg-type]
     taken = [int(d) % (rank + removed) for d in (dims if isinstance(dims, list | tuple) else [dims])]
     if _takes_all(source, node, given, taken):
         taken = []
@@ -176,7 +177,7 @@ def along(source: Positions, node: fx.Node, view: View) -> Need | None:
             return None
         return j - 1 if removed and taken and j > taken[0] else j
 
-    return _all_mapped(source, node, view, place, is_one=optimistic)
+    return all_mapped(source, node, view, place, is_one=optimistic)
 
 
 def _is_joined(source: Positions, node: fx.Node, d: int) -> bool:
@@ -202,7 +203,7 @@ def padded(source: Positions, node: fx.Node, view: View) -> Need | None:
     pads: Any = node.args[1]
     rank = source.rank(node)
     moved = {rank - 1 - i // 2 for i, size in enumerate(pads) if not isinstance(size, int) or size}
-    return None if moved & view else _all_mapped(source, node, view, lambda _, i: i)
+    return None if moved & view else all_mapped(source, node, view, lambda _, i: i)
 
 
 def reduced(source: Positions, node: fx.Node, view: View) -> Need | None:
@@ -255,7 +256,7 @@ def linear(source: Positions, node: fx.Node, view: View) -> Need | None:
     """Its last dim is contracted with a weight."""
     last = source.rank(node) - 1
     first: Any = node.args[0]
-    return _all_mapped(source, node, view, lambda parent, i: i if parent is first and i != last else None)
+    return all_mapped(source, node, view, lambda parent, i: i if parent is first and i != last else None)
 
 
 def convolved(source: Positions, node: fx.Node, view: View) -> Need | None:
@@ -266,7 +267,7 @@ def convolved(source: Positions, node: fx.Node, view: View) -> Need | None:
     steps = [number for name in ("stride", "padding") for number in _list(given[name])]
     if set(kernel) != {1} or set(steps) - {1, 0} or 1 in _list(given["padding"]):
         return None
-    return _all_mapped(
+    return all_mapped(
         source, node, view, lambda parent, i: i if parent is first and i != source.rank(first) - 2 else None
     )
 
@@ -277,15 +278,27 @@ def _list(value: Any) -> list[Any]:
 
 def einsum(source: Positions, node: fx.Node, view: View) -> Need | None:
     """Every letter of an input is a dim of the result, or summed over."""
-    equation: Any = node.args[0]
-    sides = equation.replace(" ", "").split("->")
-    if len(sides) != 2 or "." in equation:
-        return unknown(source, node, view)
-    terms, result = sides[0].split(","), sides[1]
+    parents = tensors_in(source, node)
+    terms, result = _letters(str(node.args[0]), [source.rank(parent) for _, parent in parents])
     views: dict[Path, View | None] = {}
-    for (path, parent), term in zip(tensors_in(source, node), terms, strict=True):
+    for (path, parent), term in zip(parents, terms, strict=True):
         views[path] = _mapped(source, node, view, parent, lambda i, term=term: result.find(term[i]))  # type: ignore[misc]
     return _checked(views)
+
+
+def _letters(equation: str, ranks: list[int]) -> tuple[list[str], str]:
+    """The terms and the result of an equation, its dots written as digits counted from the last, the result made explicit."""
+    left, arrow, result = equation.replace(" ", "").partition("->")
+    terms = left.split(",")
+    dots = [rank - len(term.replace("...", "")) for term, rank in zip(terms, ranks, strict=True)]
+    if not arrow:
+        result = "..." + "".join(sorted(c for c in set(left) - {",", "."} if left.count(c) == 1))
+
+    def spelled(term: str, count: int) -> str:
+        return term.replace("...", "".join(str(i) for i in reversed(range(count))))
+
+    most = max((n for n, term in zip(dots, terms, strict=True) if "." in term), default=0)
+    return [spelled(term, n) for term, n in zip(terms, dots, strict=True)], spelled(result, most)
 
 
 def attention(source: Positions, node: fx.Node, view: View) -> Need | None:
@@ -305,35 +318,6 @@ def attention(source: Positions, node: fx.Node, view: View) -> Need | None:
 
         views[path] = _mapped(source, node, view, parent, place)
     return _checked(views)
-
-
-def embedded(source: Positions, node: fx.Node, view: View) -> Need | None:
-    """A table is looked up at every index."""
-    table: Any = node.args[0]
-    return _all_mapped(source, node, view, lambda parent, i: None if parent is table else i)
-
-
-def indexed(source: Positions, node: fx.Node, view: View) -> Need | None:
-    """x[a, b] with tensors from the first dim on: the result has their dims, broadcast, and then the rest of x's."""
-    table, indices = node.args[:2]
-    if not isinstance(indices, list | tuple) or not all(isinstance(i, fx.Node) for i in indices):
-        return unknown(source, node, view)
-    rank = max(source.rank(i) for i in indices)  # type: ignore[arg-type]
-    first = len(indices)
-
-    def place(parent: fx.Node, i: int) -> int | None:
-        if parent is table:
-            return None if i < first else i - first + rank
-        return i + rank - source.rank(parent)
-
-    return _all_mapped(source, node, view, place)
-
-
-def selected(source: Positions, node: fx.Node, view: View) -> Need | None:
-    """index_select: one dim of the table is searched."""
-    _, dim, index = node.args[:3]
-    where = int(dim) % source.rank(node)  # type: ignore[arg-type]
-    return _all_mapped(source, node, view, lambda parent, i: where if parent is index else None if i == where else i)
 
 
 def filled(source: Positions, node: fx.Node, view: View) -> Need | None:
