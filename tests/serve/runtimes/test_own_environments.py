@@ -218,6 +218,13 @@ def test_operators_as_tvm_is_given_them():
     assert torch.allclose(
         SPELLED["aten.gelu.default"](x, approximate="tanh"), nn.functional.gelu(x, approximate="tanh"), atol=1e-6
     )
+    for name in ("amax", "amin"):
+        for options in ({}, {"dim": (0, -1)}, {"dim": [1], "keepdim": True}):
+            assert torch.equal(SPELLED[f"aten.{name}.default"](x, **options), getattr(torch, name)(x, **options))
+    assert torch.equal(SPELLED["aten.min.dim"](x, 1)[0], x.min(1).values)
+    assert torch.equal(SPELLED["aten.any.default"](i > 1), torch.tensor(True))
+    for low, high in ((0, None), (None, 1), (0, 1)):
+        assert torch.equal(SPELLED["aten.clamp.default"](i, low, high), i.clamp(low, high))
     assert torch.equal(SPELLED["aten.floor_divide.default"](i, 2), i // 2)
     assert torch.equal(indexing(x, [None, i, j]), x[:, i, j])
     assert torch.equal(indexing(x, [i]), x[i])

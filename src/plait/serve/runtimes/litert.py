@@ -42,8 +42,11 @@ class LiteRt(OwnEnvironment):
         import litert_torch
         import torch
 
+        from plait.serve.runtimes.scattering import without_scattering
+        from plait.serve.runtimes.spelled import SORTING
+
         for name in subject.entries:
-            module: Any = subject.program(name).module(check_guards=False)
+            module: Any = without_scattering(subject.program(name), SORTING).module(check_guards=False)
             file = folder / f"{name}.tflite"
             converter: Any = litert_torch
             with contextlib.redirect_stdout(io.StringIO()), torch.no_grad():

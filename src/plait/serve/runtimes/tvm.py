@@ -147,7 +147,10 @@ def _seconds() -> float:
 
 
 def _module(subject: Subject, name: str, rung: Rung, target: Any) -> tuple[Any, list[Any]]:
-    program = simplified(subject.program(name), inputs_at(subject, name, rung), tvm_graph.SPELLED)
+    from plait.serve.runtimes.scattering import without_scattering
+
+    program = without_scattering(subject.program(name))
+    program = simplified(program, inputs_at(subject, name, rung), tvm_graph.SPELLED)
     return tvm_graph.lowered(*tvm_graph.imported(program), target)
 
 

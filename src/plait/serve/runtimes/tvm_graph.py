@@ -74,7 +74,46 @@ def _floor_divide(x: torch.Tensor, divisor: Any) -> torch.Tensor:
     return torch.floor_divide(x, torch.full((1,), divisor, dtype=x.dtype) if is_number else divisor)
 
 
+def _amax(x: torch.Tensor, dim: Sequence[int] = (), keepdim: bool = False) -> torch.Tensor:
+    import torch
+
+    for place in sorted((d % x.dim() for d in dim or range(x.dim())), reverse=True):
+        x = torch.max(x, place, keepdim=keepdim).values
+    return x
+
+
+def _amin(x: torch.Tensor, dim: Sequence[int] = (), keepdim: bool = False) -> torch.Tensor:
+    return -_amax(-x, dim, keepdim)
+
+
+def _clamp(x: torch.Tensor, min: Any = None, max: Any = None) -> torch.Tensor:  # noqa: A002  torch's own names
+    """Of whole numbers with a limit on one side only: TVM takes infinity for the other one."""
+    import torch
+
+    if x.is_floating_point():
+        return torch.clamp(x, min, max)
+    if min is not None:
+        x = torch.maximum(x, torch.full((1,), min, dtype=x.dtype))
+    return x if max is None else torch.minimum(x, torch.full((1,), max, dtype=x.dtype))
+
+
+def _any(x: torch.Tensor) -> torch.Tensor:
+    return x.reshape(-1).any(0)
+
+
+def _least(x: torch.Tensor, dim: int, keepdim: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    import torch
+
+    values, indices = torch.max(-x, dim, keepdim=keepdim)
+    return -values, indices
+
+
 SPELLED: dict[str, Callable[..., Any]] = {
+    "aten.amax.default": _amax,
+    "aten.amin.default": _amin,
+    "aten.any.default": _any,
+    "aten.clamp.default": _clamp,
+    "aten.min.dim": _least,
     "aten.floor_divide.default": _floor_divide,
     "aten.gelu.default": _gelu,
     "aten.sigmoid.default": _sigmoid,
@@ -82,7 +121,7 @@ SPELLED: dict[str, Callable[..., Any]] = {
     "aten.index.Tensor": _index,
 }
 """Operators by what TVM computes in vectors, where by their own names they call the C library for every number; an indexing
-whose shape its importer gets wrong; and a division by a number to which it gives another type."""
+whose shape its importer gets wrong; a division by a number to which it gives another type; and some that it has no name for."""
 
 
 def this_processor(threads: int) -> dict[str, Any]:
@@ -156,10 +195,30 @@ def _reads_by_values(function: Any) -> bool:
 
 
 def tasks_of(module: Any, target: Any) -> list[Any]:
-    """The different kernels, each with the number of its calls as `weight`."""
+    """The different kernels to schedule, each with the number of its calls as `weight`.
+
+    Not those that divide whole numbers by values: a kernel is tried on made-up ones, and a division by zero ends the process.
+    """
     from tvm.s_tir.meta_schedule import relax_integration
 
-    return list(relax_integration.extract_tasks(module, target))
+    tasks = relax_integration.extract_tasks(module, target)
+    return [task for task in tasks if not any(map(_divides_by_values, task.dispatched[0].functions.values()))]
+
+
+def _divides_by_values(function: Any) -> bool:
+    import tvm_ffi
+    from tvm import tirx
+    from tvm.ir import TensorLoad
+
+    divisors: list[Any] = []
+
+    def look(division: Any) -> None:
+        if "int" in str(division.ty):
+            tvm_ffi.structural.structural_walk(division.b, (TensorLoad, divisors.append))
+
+    for kind in (tirx.Div, tirx.FloorDiv, tirx.Mod, tirx.FloorMod):
+        tvm_ffi.structural.structural_walk(function.body, (kind, look))
+    return bool(divisors)
 
 
 def library(module: Any, target: Any, database: Any, path: Path) -> bool:
