@@ -230,6 +230,8 @@ def test_a_precision_that_a_runtime_lacks_is_a_row(tmp_path):
         plait.export(mlp_job(), "torch", precision="int88")
     with pytest.raises(ServeError, match="--batch 0"):
         plait.export(mlp_job(), "torch", batch=0)
+    with pytest.raises(ServeError, match=r"--threads 9999, this computer has \d+ processors"):
+        plait.export(mlp_job(), "torch", threads=9999)
 
 
 def test_labels_are_not_served_and_the_loss_is_found():
@@ -248,12 +250,18 @@ def test_labels_are_not_served_and_the_loss_is_found():
     assert float(loss(dict(outputs), targets)) == pytest.approx(float(want), rel=1e-6)
 
 
+def _raises():
+    raise ValueError("no such size")
+
+
 def test_what_cannot_be_exported_at_all(tmp_path):
     """A module without inputs, a name that is nothing, a directory without a checkpoint."""
     with pytest.raises(TargetError, match="needs sample inputs"):
         plait.export(Mlp(), "torch")
     with pytest.raises(TargetError, match="no such run directory, and no target"):
         plait.export(str(tmp_path / "absent"), "torch")
+    with pytest.raises(TargetError, match=r"model\(\) raised ValueError at .*test_export.py:\d+: .*\(no such size\)"):
+        plait.export(plait.Job(_raises, loss=None, batch=(torch.randn(2, 3), None)), "torch")
     with pytest.raises(CheckpointError, match="no complete checkpoint"):
         plait.export(tmp_path, "torch")
     with pytest.raises(ServeError, match="this one brings its own data"):

@@ -45,6 +45,20 @@ def test_what_is_no_backend_is_refused():
         backend_at("plait.serve.backend:Nothing")
 
 
+def test_what_raises_when_it_is_imported_or_made_stays_its_own(tmp_path, monkeypatch):
+    """Somebody's package without its licence is one backend that is missing, not the end of the export."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "unlicensed.py").write_text("raise RuntimeError('no licence')")
+    (tmp_path / "unmade.py").write_text(
+        "from plait.serve.runtimes.torch_program import TorchProgram\n"
+        "class Unmade(TorchProgram):\n    def __init__(self):\n        raise OSError('no device')\n"
+    )
+    with pytest.raises(ServeError, match=r"unlicensed:Any: it cannot be imported \(RuntimeError: no licence\)"):
+        backend_at("unlicensed:Any")
+    with pytest.raises(ServeError, match=r"unmade:Unmade: it cannot be made \(OSError: no device\)"):
+        backend_at("unmade:Unmade")
+
+
 def test_a_missing_package_names_the_extra(monkeypatch):
     """What is not installed is said with the command that installs it, and nothing is imported to find out."""
     from plait.serve.runtimes import openvino

@@ -143,8 +143,11 @@ def _end_with_children() -> None:
     import sys
     import threading
 
-    if threading.current_thread() is threading.main_thread():  # nobody else may set it
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    if threading.current_thread() is not threading.main_thread():  # nobody else may set it
+        return
+    for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):  # a terminal that is closed, too
+        if signal.getsignal(number) is not signal.SIG_IGN:  # under nohup
+            signal.signal(number, lambda got, _: sys.exit(128 + got))
 
 
 def _settle_torchao() -> None:

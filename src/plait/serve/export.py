@@ -97,6 +97,11 @@ def export(
     # What servers get on this computer, by its measurement if there is one; OMP_NUM_THREADS wins.
     place = place_here()
     sizes, counts = _numbers(batch, "batch"), _numbers(threads or place.threads, "threads")
+    cores = os.cpu_count() or max(counts)
+    if threads and max(counts) > cores:
+        raise ServeError(
+            f"export: --threads {max(counts)}, this computer has {cores} processors", hint=f"give at most {cores}"
+        )
     wanted = _tuning_checked(tune, tune_record, counts if threads else None)
     from plait.serve.source import source_of
 

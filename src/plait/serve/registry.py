@@ -46,13 +46,21 @@ def backend_at(place: str) -> Backend:
     """The backend of `module:class`.
 
     Raises:
-        ServeError: it cannot be imported, or is no backend.
+        ServeError: it cannot be imported or made, or is no backend.
     """
     module, _, name = place.partition(":")
     try:
         kind = getattr(import_module(module), name)
-    except (ImportError, AttributeError) as problem:
-        raise ServeError(f"backend {place}: it cannot be imported ({problem})") from None
+    except Exception as problem:  # somebody's package, which may raise whatever it likes
+        raise ServeError(f"backend {place}: it cannot be imported ({_in_a_line(problem)})") from None
     if not (isinstance(kind, type) and issubclass(kind, Backend)):
         raise ServeError(f"backend {place}: not a subclass of plait.serve.backend.Backend")
-    return kind()
+    try:
+        return kind()
+    except Exception as problem:
+        raise ServeError(f"backend {place}: it cannot be made ({_in_a_line(problem)})") from None
+
+
+def _in_a_line(problem: Exception) -> str:
+    text = " ".join(str(problem).split())[:300]
+    return text if isinstance(problem, ImportError | AttributeError) else f"{type(problem).__name__}: {text}"

@@ -16,8 +16,8 @@ from torch import nn
 
 from plait.capture.arguments import nearest
 from plait.capture.job import Job
-from plait.capture.trace import call_model, tied_names
-from plait.errors import CheckpointError, TargetError
+from plait.capture.trace import call_model, tied_names, user_line
+from plait.errors import CheckpointError, PlaitError, TargetError
 
 __all__ = ["Source", "eval_mode", "source_of"]
 
@@ -90,11 +90,28 @@ def _of_job(job: Job, name: str, text: str, recipe: dict[str, Any]) -> Source:
     if isinstance(job.model, nn.Module):
         module, random = job.model, False
     else:
-        _refuse_too_large(job)
-        module = built(job, 0)
-        random = _differs(module, built(job, 1))
+        with _building(text):
+            _refuse_too_large(job)
+            module = built(job, 0)
+            random = _differs(module, built(job, 1))
     name = name or job.name or type(module).__name__
     return _source(job, module, name, text, random, recipe)
+
+
+@contextmanager
+def _building(text: str) -> Iterator[None]:
+    """What the user's own function raises is said with its line."""
+    try:
+        yield
+    except PlaitError:
+        raise
+    except Exception as problem:
+        cause = problem.__cause__ or problem
+        where, lines = user_line(cause) or user_line(problem), str(cause).strip().splitlines()
+        raise TargetError(
+            f"export {text}: the Job's model() raised {type(cause).__name__}{f' at {where}' if where else ''} "
+            f"({lines[0][:200] if lines else 'no message'})",
+        ) from None
 
 
 def built(job: Job, seed: int) -> nn.Module:
@@ -159,7 +176,8 @@ def _of_run(folder: Path, target: str | None) -> Source:
 
     with _inside(cwd):
         job = load_target(target)
-    module = built(job, 0) if not isinstance(job.model, nn.Module) else copy.deepcopy(job.model)
+    with _building(target):
+        module = built(job, 0) if not isinstance(job.model, nn.Module) else copy.deepcopy(job.model)
     missing = _load(module, directory, target)
     recipe = {"target": target, "cwd": str(cwd)}
     source = _source(job, module, folder.resolve().name, f"{folder} ({target}, {directory.name})", False, recipe)
