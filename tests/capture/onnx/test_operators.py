@@ -86,7 +86,7 @@ def test_the_standards_own_cases(tmp_path: Path):
                 wrong.append(case.name)
 
     assert not wrong
-    assert equal > 150
+    assert equal > 220
 
 
 def compare(path: Path, made: onnx.ModelProto, *inputs: np.ndarray) -> None:
@@ -206,13 +206,15 @@ def test_shapes_of_an_open_batch_stay_sizes(tmp_path: Path):
     assert exported.module()(torch.zeros(7, 6)).shape == (7, 2, 4)
 
 
-def test_a_shape_out_of_the_data_is_refused(tmp_path: Path):
-    """What cannot be known before the data are there: the reason, and the node in a note."""
+def test_a_shape_out_of_the_data_is_refused_by_a_capture(tmp_path: Path):
+    """Run as it stands it is read from the data; captured, it is refused with the reason, and the node in a note."""
     nodes = [helper.make_node("Relu", ["x"], ["a"]), helper.make_node("Reshape", ["a", "s"], ["y"], "fold")]
     made = model(nodes, [value("x", [4]), value("s", [2], TensorProto.INT64)], [value("y", None)])
     (tmp_path / "m.onnx").write_bytes(made.SerializeToString())
+    module, inputs = from_onnx(tmp_path / "m.onnx"), (torch.zeros(4), torch.tensor([2, 2]))
+    assert module(*inputs).shape == (2, 2)
     with pytest.raises(NotImplementedError, match="its shape depends on the values of the data") as caught:
-        from_onnx(tmp_path / "m.onnx")(torch.zeros(4), torch.tensor([2, 2]))
+        torch.export.export(module, inputs, strict=False)
 
     assert "node 'fold' (Reshape)" in caught.value.__notes__[0]
 

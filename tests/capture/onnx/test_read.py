@@ -68,19 +68,12 @@ def test_every_operator_of_the_table_was_read_up_to_the_newest_opset():
     assert onnx.defs.onnx_opset_version() >= NEWEST_OPSET
 
 
-def test_control_flow_and_unknown_operators(tmp_path: Path):
+def test_unknown_operators(tmp_path: Path):
     """By name, with the node's name; another vendor's with its domain; what is close is offered."""
     from plait.capture.onnx.job import from_onnx
 
-    branch = helper.make_graph([helper.make_node("Identity", ["x"], ["b"])], "t", [], [value("b", [1])])
-    node = helper.make_node("If", ["x"], ["y"], "my_branch", then_branch=branch, else_branch=branch)
-    refused(
-        tmp_path / "m.onnx",
-        model([node], [value("x", [1])], [value("y", [1])]),
-        r"node 'my_branch' \(If\) is control flow",
-    )
     for op, domain, words in [
-        ("NonMaxSuppression", "", r"node 'nms' \(NonMaxSuppression\): plait imports no such operator"),
+        ("RoiAlign", "", r"node 'nms' \(RoiAlign\): plait imports no such operator"),
         ("Sofmax", "", "did you mean 'Softmax'"),
         ("Magic", "com.acme", r"\(com\.acme\.Magic\)"),
     ]:
@@ -140,12 +133,45 @@ def test_typed_data_that_do_not_fit(tmp_path: Path):
     refused(tmp_path / "m.onnx", made, r"its data do not fit its shape \[3, 5\]")
 
 
-def test_numbers_that_are_not_trained(tmp_path: Path):
-    """Text and four-bit numbers."""
-    for kind, words in [(TensorProto.STRING, "text"), (TensorProto.INT4, "4 bits a number")]:
+def test_text_is_no_weight(tmp_path: Path):
+    """Text, and numbers of four bits of which there are too few or too many."""
+    for kind, words in [(TensorProto.STRING, "text"), (TensorProto.INT4, r"\[3\] needs 2 bytes, the file has 12")]:
         made = relu()
         made.graph.initializer[0].data_type = kind
         refused(tmp_path / "m.onnx", made, words)
+
+
+def sparse(dims: list[int], indices: list[int], *, values: int = 2) -> onnx.ModelProto:
+    """The weight of `relu` as a sparse tensor."""
+    made = relu()
+    del made.graph.initializer[:]
+    numbers = helper.make_tensor("w", TensorProto.FLOAT, [values], [1.5, -2.5][:values])
+    places = helper.make_tensor("p", TensorProto.INT64, [len(indices)], indices)
+    made.graph.sparse_initializer.append(helper.make_sparse_tensor(numbers, places, dims))
+    return made
+
+
+def test_sparse_weights(tmp_path: Path):
+    """Filled with zeros; what does not fit, or would fill the memory, is refused."""
+    path = tmp_path / "m.onnx"
+    path.write_bytes(sparse([3], [0, 2]).SerializeToString())
+
+    assert read_onnx(path).constants["w"].tolist() == [1.5, 0.0, -2.5]
+    refused(path, sparse([3], [0, 3]), "its indices do not fit")
+    refused(path, sparse([3], [0, 1, 2]), "its indices do not fit")
+    refused(path, sparse([1 << 20, 1 << 20], [0, 2]), "too large to fill")
+
+
+def test_graphs_inside_graphs_inside_graphs(tmp_path: Path):
+    """A file that nests branches without end is refused before Python's stack is full."""
+    inner = helper.make_graph([helper.make_node("Identity", ["x"], ["b"])], "t", [], [value("b", None)])
+    for _ in range(30):
+        node = helper.make_node("If", ["c"], ["b"], "branch", then_branch=inner, else_branch=inner)
+        del node.attribute[1:]
+        inner = helper.make_graph([node], "t", [], [value("b", None)])
+    node = helper.make_node("If", ["c"], ["y"], "branch", then_branch=inner, else_branch=inner)
+    made = model([node], [value("x", [1]), value("c", [], TensorProto.BOOL)], [value("y", None)])
+    refused(tmp_path / "m.onnx", made, "more than 20 graphs within each other|not an ONNX model")
 
 
 @pytest.fixture

@@ -13,8 +13,9 @@ from torch.nn import functional as F
 
 from plait.capture.arguments import convert, nearest
 from plait.capture.job import Job
+from plait.capture.onnx.graph import GraphInput, OnnxFile, every
 from plait.capture.onnx.module import OnnxModule
-from plait.capture.onnx.read import GraphInput, OnnxFile, read_onnx
+from plait.capture.onnx.read import read_onnx
 from plait.capture.onnx.values import dtype_of
 from plait.capture.onnx.weights import find_roles
 from plait.errors import TargetError
@@ -160,7 +161,7 @@ def _rows(file: OnnxFile, name: str) -> int | None:
     """Rows of the smallest table in which this input looks up; None where it looks up in none."""
     same = {name}
     found = []
-    for node in file.nodes:
+    for node in every(file.nodes):
         if node.op in ("Cast", "Reshape", "Unsqueeze", "Squeeze", "Identity", "Flatten") and node.inputs[0] in same:
             same.update(node.outputs)
         elif node.op == "Gather" and node.inputs[1] in same and node.inputs[0] in file.constants:

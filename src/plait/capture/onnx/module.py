@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,10 +12,21 @@ from torch import nn
 
 from plait.capture.arguments import nearest
 from plait.capture.naming import register
-from plait.capture.onnx.ops import elementwise, layers, recurrent, resize, shapes  # noqa: F401  fill the table
+from plait.capture.onnx.graph import OnnxFile, OnnxNode, every
+from plait.capture.onnx.ops import (  # noqa: F401  fill the table
+    attention,
+    control,
+    elementwise,
+    layers,
+    microsoft,
+    quantized,
+    recurrent,
+    resize,
+    selection,
+    shapes,
+)
 from plait.capture.onnx.ops.host import HOST, LARGEST_HOST
 from plait.capture.onnx.ops.table import OPERATORS
-from plait.capture.onnx.read import OnnxFile, OnnxNode
 from plait.capture.onnx.values import Array, Call, Value, constant_tensor, host_array
 from plait.capture.onnx.weights import Roles
 from plait.errors import TargetError
@@ -23,10 +35,19 @@ __all__ = ["OnnxModule"]
 
 
 @dataclass(frozen=True, slots=True)
+class _Body:
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    steps: tuple[_Step, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class _Step:
     node: OnnxNode
     last: tuple[str, ...]
     """Values that nothing needs after this node."""
+    bodies: dict[str, _Body]
+    """Graphs inside it, of control flow."""
 
 
 class OnnxModule(nn.Module):
@@ -53,8 +74,11 @@ class OnnxModule(nn.Module):
             if name not in parameters and name not in roles.statistics and array.size <= LARGEST_HOST:
                 self._small[name] = array
                 continue
-            self._register(name, array, trains=name in parameters)
-        self._steps = _steps(file)
+            trains = name in parameters
+            # Weights of whole numbers (MatMulInteger) train as numbers of floating type.
+            whole = trains and np.issubdtype(array.dtype, np.integer)
+            self._register(name, array.astype(np.float32) if whole else array, trains=trains)
+        self._steps = _steps(file.nodes, {*file.outputs, *file.constants, ""})
 
     def _register(self, name: str, array: Array, *, trains: bool) -> None:
         try:
@@ -81,7 +105,7 @@ class OnnxModule(nn.Module):
             (value.device for value in values.values() if isinstance(value, torch.Tensor)), torch.device("cpu")
         )
         for step in self._steps:
-            self._run(step.node, values, device)
+            self._run(step, values, device)
             for name in step.last:
                 values.pop(name, None)
         results = [self._value(name, values) for name in self.output_names]
@@ -97,13 +121,25 @@ class OnnxModule(nn.Module):
         assert isinstance(first, torch.Tensor)
         return first.t()
 
-    def _run(self, node: OnnxNode, values: dict[str, Value], device: torch.device) -> None:
+    def _run(self, step: _Step, values: dict[str, Value], device: torch.device) -> None:
+        node = step.node
         inputs = [self._value(name, values) if name else None for name in node.inputs]
-        call = Call(node, self.training, device)
+
+        def body(attribute: str, given: list[Any]) -> list[Any]:
+            inside = step.bodies[attribute]
+            own = {**values, **dict(zip(inside.inputs, given, strict=True))}
+            for one in inside.steps:
+                self._run(one, own, device)
+                for name in one.last:
+                    own.pop(name, None)
+            return [self._value(name, own) for name in inside.outputs]
+
+        call = Call(node, self.training, device, body)
         try:
             found = _apply(call, inputs)
         except Exception as problem:
-            problem.add_note(f"in {node} of the ONNX graph")
+            if not getattr(problem, "__notes__", None):
+                problem.add_note(f"in {node} of the ONNX graph")
             raise
         outputs = found if isinstance(found, tuple) else (found,)
         values.update(zip(node.outputs, outputs, strict=False))
@@ -132,7 +168,7 @@ def _apply(call: Call, inputs: list[Value]) -> Any:
 
 def refuse_unknown(file: OnnxFile) -> None:
     """Raise TargetError for the first operator that the table lacks, with how many others there are."""
-    unknown = [node for node in file.nodes if (node.domain, node.op) not in OPERATORS]
+    unknown = [node for node in every(file.nodes) if (node.domain, node.op) not in OPERATORS]
     if not unknown:
         return
     first = unknown[0]
@@ -145,13 +181,22 @@ def refuse_unknown(file: OnnxFile) -> None:
     )
 
 
-def _steps(file: OnnxFile) -> list[_Step]:
+def _steps(nodes: Sequence[OnnxNode], kept: set[str]) -> tuple[_Step, ...]:
     last: dict[str, int] = {}
-    for index, node in enumerate(file.nodes):
-        last.update(dict.fromkeys((*node.inputs, *node.outputs), index))
-    kept = {*file.outputs, *file.constants, ""}
-    ends: list[list[str]] = [[] for _ in file.nodes]
+    for index, node in enumerate(nodes):
+        last.update(dict.fromkeys((*node.needs, *node.outputs), index))
+    ends: list[list[str]] = [[] for _ in nodes]
     for name, index in last.items():
         if name not in kept:
             ends[index].append(name)
-    return [_Step(node, tuple(end)) for node, end in zip(file.nodes, ends, strict=True)]
+    return tuple(_Step(node, tuple(end), _bodies(node)) for node, end in zip(nodes, ends, strict=True))
+
+
+def _bodies(node: OnnxNode) -> dict[str, _Body]:
+    made = {}
+    for attribute, body in node.bodies.items():
+        # What comes from outside stays: it is needed again in the next round, or by others.
+        own = {*body.inputs, *(name for one in body.nodes for name in one.outputs)}
+        outside = {name for one in body.nodes for name in one.needs} - own
+        made[attribute] = _Body(body.inputs, body.outputs, _steps(body.nodes, {*body.outputs, *outside, ""}))
+    return made

@@ -3,80 +3,42 @@
 What a file may get wrong, and what is refused with a short message: it is no protobuf, or another kind of one; its opset is
 newer than the table of operators was read against; a tensor's data are shorter or longer than its shape says; data in another
 file whose path is absolute, climbs out of the model's folder or goes through a symbolic link; a value that nothing makes, that
-is made twice, or that depends on itself; control flow; operators of other vendors.
+is made twice, or that depends on itself; operators of other vendors.
+
+The graphs inside control flow (If, Loop, Scan) are read with it; what they make is given names of its own, since the two
+branches of an If may use the same ones.
 """
 
 from __future__ import annotations
 
-import math
-import stat
-from collections.abc import Iterable
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from plait.capture.onnx.fold import folded
+from plait.capture.onnx.graph import Body, GraphInput, OnnxFile, OnnxNode, every
+from plait.capture.onnx.tensors import Tensors
 from plait.errors import TargetError
 
 if TYPE_CHECKING:
     import onnx
 
-__all__ = ["NEWEST_OPSET", "OLDEST_OPSET", "GraphInput", "OnnxFile", "OnnxNode", "read_onnx"]
+__all__ = ["NEWEST_OPSET", "OLDEST_OPSET", "read_onnx"]
 
 OLDEST_OPSET = 7
 NEWEST_OPSET = 28
 """Of the standard operators; what changed up to it was read operator by operator (ONNX 1.23)."""
 
 _STANDARD = ("", "ai.onnx")
-_LARGEST = 1 << 40  # elements of one tensor; far above anything real, far below what overflows
-_CONTROL = ("If", "Loop", "Scan", "SequenceMap")
+_COMPOSED = (
+    *("AffineGrid", "Bernoulli", "BlackmanWindow", "CenterCropPad", "HammingWindow", "HannWindow"),
+    *("LinearAttention", "CausalConvWithState", "MeanVarianceNormalization", "NegativeLogLikelihoodLoss"),
+    *("SequenceMap", "SoftmaxCrossEntropyLoss", "SwiGLU"),
+)
+"""Operators that the standard itself writes out in others."""
+_DEEPEST = 20  # graphs within graphs
 _NOT_ONNX = "is it really an ONNX model? It may be a download that was cut off, or a page in place of a file"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class GraphInput:
-    """What the model is given."""
-
-    name: str
-    dtype: Any
-    """numpy's dtype."""
-    shape: tuple[int | str, ...]
-    """A number where the file fixes the size, else the dimension's name."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class OnnxNode:
-    """One operator."""
-
-    name: str
-    """Its own name, or its first output's where it has none."""
-    op: str
-    domain: str
-    inputs: tuple[str, ...]
-    """Empty text where an optional input is left out."""
-    outputs: tuple[str, ...]
-    attributes: dict[str, Any]
-    """int, float, str, bytes, numpy array, or a list of these."""
-    opset: int
-
-    def __str__(self) -> str:
-        return f"node {self.name!r} ({self.domain + '.' if self.domain else ''}{self.op})"
-
-
-@dataclass(kw_only=True, slots=True)
-class OnnxFile:
-    """A checked model."""
-
-    path: Path
-    opset: int
-    producer: str
-    inputs: list[GraphInput]
-    outputs: list[str]
-    constants: dict[str, np.ndarray[Any, Any]]
-    """Initializers and constants by name; bfloat16 as ml_dtypes has it."""
-    nodes: list[OnnxNode] = field(default_factory=list)
-    """Every node after those that make its inputs; what no output needs is left out."""
 
 
 def read_onnx(path: Path | str) -> OnnxFile:
@@ -96,35 +58,24 @@ def read_onnx(path: Path | str) -> OnnxFile:
             f"{path}: its opset {opset or ''} is {which} {known}".replace("  ", " "),
             hint=f"export it anew with an opset from {OLDEST_OPSET} to {NEWEST_OPSET}",
         )
+    reader = _Reader(path, opsets, opset)
     graph = model.graph
-    tensors = _Tensors(path)
-    constants: dict[str, np.ndarray[Any, Any]] = {}
-    for tensor in graph.initializer:
-        _once(path, tensor.name, constants)
-        constants[tensor.name] = tensors.read(tensor, tensor.name)
-    if graph.sparse_initializer:
-        raise TargetError(f"{path}: it has sparse weights, which plait does not read")
-    inputs = [_graph_input(path, value) for value in graph.input if value.name not in constants]
-    nodes = []
-    for node in graph.node:
-        made = _node(path, node, opsets, opset, tensors)
-        if made.op == "Constant" and made.domain == "" and len(made.outputs) == 1:
-            _once(path, made.outputs[0], constants)
-            constants[made.outputs[0]] = _constant(path, made)
-        else:
-            nodes.append(made)
+    reader.weights(graph, {})
+    inputs = [_graph_input(path, value) for value in graph.input if value.name not in reader.constants]
+    nodes = reader.nodes(graph, {})
     outputs = [value.name for value in graph.output]
     if not outputs:
         raise TargetError(f"{path}: the model has no output")
-    ordered = _in_order(path, nodes, {*constants, *(value.name for value in inputs)}, outputs)
-    used = {name for node in ordered for name in node.inputs} | set(outputs)
+    ordered = _in_order(path, nodes, {*reader.constants, *(value.name for value in inputs)}, outputs)
+    used = {name for node in every(ordered) for name in node.needs} | set(outputs)
+    used |= {name for node in every(ordered) for body in node.bodies.values() for name in body.outputs}
     return OnnxFile(
         path=path,
         opset=opset,
         producer=f"{model.producer_name} {model.producer_version}".strip(),
         inputs=inputs,
         outputs=outputs,
-        constants={name: value for name, value in constants.items() if name in used},
+        constants={name: value for name, value in reader.constants.items() if name in used},
         nodes=ordered,
     )
 
@@ -147,25 +98,35 @@ def _parse(path: Path) -> onnx.ModelProto:
         raise TargetError(f"{path}: not an ONNX model ({str(problem)[:100]})", hint=_NOT_ONNX) from None
     if not model.graph.node and not model.graph.output:
         raise TargetError(f"{path}: not an ONNX model (it holds no graph)", hint=_NOT_ONNX)
-    if model.functions:
-        import onnx.inliner
+    return _inlined(model, path)
 
-        try:
+
+def _inlined(model: onnx.ModelProto, path: Path) -> onnx.ModelProto:
+    """With the file's functions, and the standard's that plait has no operator of its own for, replaced by their nodes."""
+    import onnx.inliner
+    import onnx.shape_inference
+
+    try:
+        if model.functions:
             model = onnx.inliner.inline_local_functions(model)
-        except Exception as problem:  # onnx's C++ side raises whatever it likes
-            raise TargetError(f"{path}: its functions cannot be inlined: {_first(problem)}") from None
+        composed = [("", name) for name in _COMPOSED if _uses(model.graph, name)]
+        if composed:
+            model = onnx.shape_inference.infer_shapes(model)  # the inliner asks for the types of values
+            model = onnx.inliner.inline_selected_functions(model, composed, inline_schema_functions=True)
+    except Exception as problem:  # onnx's C++ side raises whatever it likes
+        raise TargetError(f"{path}: its functions cannot be inlined: {_first(problem)}") from None
     return model
+
+
+def _uses(graph: Any, op: str, depth: int = 0) -> bool:
+    inside = (attribute.g for node in graph.node for attribute in node.attribute if attribute.HasField("g"))
+    return any(node.op_type == op for node in graph.node) or (
+        depth < _DEEPEST and any(_uses(one, op, depth + 1) for one in inside)
+    )
 
 
 def _first(problem: Exception) -> str:
     return (str(problem).strip().splitlines() or [type(problem).__name__])[0][:200]
-
-
-def _once(path: Path, name: str, known: Iterable[str]) -> None:
-    if not name:
-        raise TargetError(f"{path}: a weight or constant has no name")
-    if name in known:
-        raise TargetError(f"{path}: the value {name!r} is made twice")
 
 
 def _graph_input(path: Path, value: Any) -> GraphInput:
@@ -189,48 +150,118 @@ def _graph_input(path: Path, value: Any) -> GraphInput:
     return GraphInput(name=value.name, dtype=np.dtype(dtype), shape=tuple(shape))
 
 
-def _node(path: Path, node: Any, opsets: dict[str, int], opset: int, tensors: _Tensors) -> OnnxNode:
-    import onnx
+class _Reader:
+    """Nodes and constants of a graph and of those inside it. `rename` gives a value of the file its name here."""
 
-    domain = "" if node.domain in _STANDARD else node.domain
-    name = node.name or (node.output[0] if node.output else "?")
-    attributes: dict[str, Any] = {}
-    graphs = [a.name for a in node.attribute if a.type in (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS)]
-    if graphs or (domain == "" and node.op_type in _CONTROL):
-        raise TargetError(
-            f"{path}: node {name!r} ({node.op_type}) is control flow, which plait does not import",
-            hint="export the model with fixed control flow (no loop or branch over data)",
+    def __init__(self, path: Path, opsets: dict[str, int], opset: int) -> None:
+        self.path = path
+        self.constants: dict[str, np.ndarray[Any, Any]] = {}
+        self._tensors = Tensors(path)
+        self._opsets, self._opset = opsets, opset
+        self._prefixes: set[str] = set()
+
+    def weights(self, graph: Any, rename: dict[str, str]) -> None:
+        """Take the graph's own constants."""
+        for tensor in graph.initializer:
+            self._keep(rename.get(tensor.name, tensor.name), self._tensors.read(tensor, tensor.name))
+        for sparse in graph.sparse_initializer:
+            name = sparse.values.name
+            self._keep(rename.get(name, name), self._tensors.read_sparse(sparse, name))
+
+    def _keep(self, name: str, array: np.ndarray[Any, Any]) -> None:
+        if not name:
+            raise TargetError(f"{self.path}: a weight or constant has no name")
+        if name in self.constants:
+            raise TargetError(f"{self.path}: the value {name!r} is made twice")
+        self.constants[name] = array
+
+    def nodes(self, graph: Any, rename: dict[str, str], depth: int = 0) -> list[OnnxNode]:
+        """The graph's nodes as they stand; those that are constants are taken."""
+        found = []
+        for node in graph.node:
+            made = self._node(node, rename, depth)
+            if made.op == "Constant" and made.domain == "" and len(made.outputs) == 1:
+                self._keep(made.outputs[0], _constant(self.path, made))
+                continue
+            instead, constants = folded(made, self.constants) or ([made], {})
+            for name, array in constants.items():
+                self._keep(name, array)
+            found.extend(instead)
+        return found
+
+    def _node(self, node: Any, rename: dict[str, str], depth: int) -> OnnxNode:
+        import onnx
+
+        kinds = onnx.AttributeProto
+        domain = "" if node.domain in _STANDARD else node.domain
+        name = node.name or (node.output[0] if node.output else "?")
+        where = f"{self.path}: node {name!r}"
+        attributes: dict[str, Any] = {}
+        bodies: dict[str, Body] = {}
+        captured: dict[str, None] = {}
+        for attribute in node.attribute:
+            if attribute.ref_attr_name:
+                raise TargetError(f"{where}: attribute {attribute.name!r} refers to a function's argument")
+            if attribute.type == kinds.GRAPH:
+                bodies[attribute.name], used = self._body(attribute.g, f"{name}.{attribute.name}", rename, depth + 1)
+                captured |= dict.fromkeys(used)
+            elif attribute.type == kinds.TENSOR:
+                attributes[attribute.name] = self._tensors.read(attribute.t, f"{name}.{attribute.name}")
+            elif attribute.type == kinds.SPARSE_TENSOR:
+                attributes[attribute.name] = self._tensors.read_sparse(
+                    attribute.sparse_tensor, f"{name}.{attribute.name}"
+                )
+            else:
+                try:
+                    value = onnx.helper.get_attribute_value(attribute)
+                except ValueError as problem:
+                    raise TargetError(f"{where}: attribute {attribute.name!r}: {_first(problem)}") from None
+                attributes[attribute.name] = value.decode("utf-8", "replace") if isinstance(value, bytes) else value
+        return OnnxNode(
+            name=name,
+            op=node.op_type,
+            domain=domain,
+            inputs=tuple(rename.get(value, value) for value in node.input),
+            outputs=tuple(rename.get(value, value) for value in node.output),
+            attributes=attributes,
+            opset=self._opset if domain == "" else self._opsets.get(node.domain, 1),
+            bodies=bodies,
+            captured=tuple(captured),
         )
-    for attribute in node.attribute:
-        if attribute.type == onnx.AttributeProto.TENSOR:
-            attributes[attribute.name] = tensors.read(attribute.t, f"{name}.{attribute.name}")
-            continue
-        if attribute.ref_attr_name:
-            raise TargetError(f"{path}: node {name!r}: attribute {attribute.name!r} refers to a function's argument")
-        try:
-            value = onnx.helper.get_attribute_value(attribute)
-        except ValueError as problem:
-            raise TargetError(f"{path}: node {name!r}: attribute {attribute.name!r}: {_first(problem)}") from None
-        attributes[attribute.name] = value.decode("utf-8", "replace") if isinstance(value, bytes) else value
-    return OnnxNode(
-        name=name,
-        op=node.op_type,
-        domain=domain,
-        inputs=tuple(node.input),
-        outputs=tuple(node.output),
-        attributes=attributes,
-        opset=opset if domain == "" else opsets.get(node.domain, 1),
-    )
+
+    def _body(self, graph: Any, prefix: str, outer: dict[str, str], depth: int) -> tuple[Body, list[str]]:
+        """A graph inside, and what it uses from outside."""
+        if depth > _DEEPEST:
+            raise TargetError(f"{self.path}: {prefix}: more than {_DEEPEST} graphs within each other")
+        while prefix in self._prefixes:
+            prefix += "_"
+        self._prefixes.add(prefix)
+        own = [value.name for value in graph.input]
+        own += [tensor.name for tensor in graph.initializer] + [
+            sparse.values.name for sparse in graph.sparse_initializer
+        ]
+        own += [name for node in graph.node for name in node.output if name]
+        rename = {**outer, **{name: f"{prefix}.{name}" for name in own}}
+        self.weights(graph, rename)
+        nodes = self.nodes(graph, rename, depth)
+        inputs = tuple(rename[value.name] for value in graph.input)
+        outputs = tuple(rename.get(value.name, value.name) for value in graph.output)
+        made = {*inputs, *self.constants, *(name for node in nodes for name in node.outputs)}
+        used = dict.fromkeys(name for node in nodes for name in node.needs if name not in made)
+        used |= dict.fromkeys(name for name in outputs if name not in made)
+        known = {*inputs, *self.constants, *used}
+        ordered = _in_order(self.path, nodes, known, list(outputs))
+        return Body(inputs=inputs, outputs=outputs, nodes=tuple(ordered)), list(used)
 
 
 def _constant(path: Path, node: OnnxNode) -> np.ndarray[Any, Any]:
     kinds = {"value_float": np.float32, "value_floats": np.float32, "value_int": np.int64, "value_ints": np.int64}
     for name, value in node.attributes.items():
-        if name == "value":
+        if name in ("value", "sparse_value"):
             return np.asarray(value)
         if name in kinds:
             return np.array(value, dtype=kinds[name])
-    raise TargetError(f"{path}: {node}: a constant that holds no number (text or sparse)")
+    raise TargetError(f"{path}: {node}: a constant that holds no number (text)")
 
 
 def _in_order(path: Path, nodes: list[OnnxNode], known: set[str], outputs: list[str]) -> list[OnnxNode]:
@@ -263,94 +294,5 @@ def _in_order(path: Path, nodes: list[OnnxNode], known: set[str], outputs: list[
             raise TargetError(f"{path}: {node} depends on its own output")
         open_.add(id(node))
         todo.append((name, user, True))
-        todo.extend((needed, str(node), False) for needed in reversed(node.inputs) if needed)
+        todo.extend((needed, str(node), False) for needed in reversed(node.needs))
     return ordered
-
-
-class _Tensors:
-    """Tensors of the file, their data beside or inside it."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def read(self, tensor: Any, name: str) -> np.ndarray[Any, Any]:
-        """The values, never more or fewer than the shape says."""
-        import onnx
-
-        dims = [int(dim) for dim in tensor.dims]
-        count = math.prod(dims)
-        if any(dim < 0 for dim in dims) or count > _LARGEST:
-            self._refuse(name, f"its shape {dims} is not possible")
-        kinds = onnx.TensorProto
-        if tensor.data_type in (kinds.STRING, kinds.UNDEFINED):
-            self._refuse(name, "it holds text or nothing")
-        try:
-            dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type))
-        except KeyError:
-            self._refuse(name, f"its type ({tensor.data_type}) is unknown")
-        if dtype.itemsize * 8 != _bits(tensor.data_type):
-            self._refuse(name, f"it is stored in {_bits(tensor.data_type)} bits a number, which plait does not train")
-        if tensor.data_location == kinds.EXTERNAL:
-            return self._external(tensor, name, dtype, dims)
-        if tensor.HasField("raw_data"):
-            if len(tensor.raw_data) != count * dtype.itemsize:
-                self._refuse(name, f"{dims} needs {count * dtype.itemsize} bytes, the file has {len(tensor.raw_data)}")
-            return np.frombuffer(tensor.raw_data, dtype=dtype.newbyteorder("<")).astype(dtype).reshape(dims)
-        try:
-            values = onnx.numpy_helper.to_array(tensor)
-        except Exception as problem:  # numpy's and protobuf's own, on data that do not fit the shape
-            self._refuse(name, f"its data do not fit its shape {dims} ({_first(problem)})")
-        if list(values.shape) != dims:
-            self._refuse(name, f"its data do not fit its shape {dims}")
-        return np.asarray(values)
-
-    def _external(self, tensor: Any, name: str, dtype: np.dtype[Any], dims: list[int]) -> np.ndarray[Any, Any]:
-        entries = {entry.key: entry.value for entry in tensor.external_data}
-        wanted = math.prod(dims) * dtype.itemsize
-        try:
-            offset, length = int(entries.get("offset", 0)), int(entries.get("length", wanted))
-        except ValueError:
-            self._refuse(name, "its place in the data file is no number")
-        file = self._data_file(entries.get("location", ""), name)
-        size = file.stat().st_size
-        if length != wanted or offset < 0 or offset + length > size:
-            self._refuse(
-                name, f"{dims} needs {wanted} bytes, the data file {file.name} has {max(size - offset, 0)} there"
-            )
-        if not wanted:
-            return np.zeros(dims, dtype)
-        values = np.fromfile(file, dtype=dtype.newbyteorder("<"), count=math.prod(dims), offset=offset)
-        return values.astype(dtype, copy=False).reshape(dims)
-
-    def _data_file(self, location: str, name: str) -> Path:
-        """The data file, which lies in the model's folder or under it, and not through a symbolic link."""
-        parts = location.replace("\\", "/").split("/")
-        if not location or "\0" in location or not parts[0] or ":" in parts[0]:
-            self._refuse(name, f"its data lie at {location!r}, which is no place in the model's folder")
-        if ".." in parts:
-            self._refuse(name, f"its data lie at {location!r}, outside the model's folder")
-        file = self._path.parent
-        for part in parts:
-            file /= part
-            if file.is_symlink():
-                self._refuse(name, f"its data lie at {location!r}, which is a symbolic link")
-        try:
-            mode = file.stat().st_mode
-        except OSError:
-            self._refuse(name, f"its data file {location!r} is not there")
-        if not stat.S_ISREG(mode):
-            self._refuse(name, f"its data lie at {location!r}, which is no file")
-        return file
-
-    def _refuse(self, name: str, why: str) -> NoReturn:
-        raise TargetError(f"{self._path}: tensor {name!r}: {why}")
-
-
-def _bits(data_type: int) -> int:
-    import onnx
-
-    kinds = onnx.TensorProto
-    small = {getattr(kinds, kind, -1): 4 for kind in ("UINT4", "INT4", "FLOAT4E2M1")}
-    small |= {getattr(kinds, kind, -1): 2 for kind in ("UINT2", "INT2")}
-    found = small.get(data_type)
-    return found or int(np.dtype(onnx.helper.tensor_dtype_to_np_dtype(data_type)).itemsize) * 8

@@ -10,18 +10,33 @@ they hold torch's SymInts.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
-from plait.capture.onnx.read import OnnxNode
+from plait.capture.onnx.graph import OnnxNode
 
-__all__ = ["DTYPES", "Array", "Call", "Value", "constant_tensor", "dtype_of", "host_array", "is_static"]
+__all__ = [
+    "DTYPES",
+    "Array",
+    "Call",
+    "Sequence",
+    "Value",
+    "constant_tensor",
+    "dtype_of",
+    "host_array",
+    "is_followed",
+    "is_static",
+]
 
 Array = np.ndarray[Any, Any]
 Value = torch.Tensor | Array | None
+Sequence = list[torch.Tensor | Array]
+"""A list of values, as operators on sequences make it."""
 
 # Numbers of onnx.TensorProto.DataType.
 DTYPES = {
@@ -75,6 +90,15 @@ def is_static(array: Array) -> bool:
     return array.dtype != object or all(isinstance(item, int | np.integer) for item in array.flat)
 
 
+def _no_body(attribute: str, inputs: list[Any]) -> list[Any]:
+    raise NotImplementedError(f"it has no {attribute}")
+
+
+def is_followed(tensor: torch.Tensor) -> bool:
+    """Whether its numbers are not there to be read, since the graph is captured or only shapes are worked out."""
+    return torch.compiler.is_exporting() or isinstance(tensor, FakeTensor) or tensor.is_meta
+
+
 @dataclass(slots=True)
 class Call:
     """One operator at the moment it runs."""
@@ -82,6 +106,8 @@ class Call:
     node: OnnxNode
     training: bool
     device: torch.device
+    body: Callable[[str, list[Any]], list[Any]] = _no_body
+    """(attribute, its inputs) -> the outputs of the graph inside the node."""
 
     @property
     def opset(self) -> int:
@@ -96,10 +122,12 @@ class Call:
         """An error to raise, which names the node."""
         return NotImplementedError(why)
 
-    def tensor(self, value: torch.Tensor | Array) -> torch.Tensor:
+    def tensor(self, value: torch.Tensor | Array | Sequence) -> torch.Tensor:
         """The value as a tensor."""
         if isinstance(value, torch.Tensor):
             return value
+        if isinstance(value, list):
+            raise self.refuse("a sequence where it takes a tensor")
         if is_static(value):
             plain = value.astype(np.int64) if value.dtype == object else value
             if plain.ndim == 0:
@@ -109,18 +137,30 @@ class Call:
         return torch.stack(items).reshape(value.shape)
 
     def numbers(self, value: Value, what: str) -> list[Any]:
-        """Whole numbers (or open sizes) that must be known while the graph is read: axes, shapes, pads."""
-        if isinstance(value, torch.Tensor):
-            raise self.refuse(f"its {what} depends on the values of the data")
+        """Whole numbers (or open sizes) that must be known while the graph is captured: axes, shapes, pads."""
         if value is None:
             raise self.refuse(f"its {what} is missing")
+        if isinstance(value, torch.Tensor):
+            if is_followed(value):
+                raise self.refuse(f"its {what} depends on the values of the data")
+            return [int(item) for item in value.detach().flatten().tolist()]
         return [item if isinstance(item, torch.SymInt) else int(item) for item in value.flat]
 
     def floats(self, value: Value, what: str) -> list[float]:
         """The same for fractions, such as the scales of a Resize."""
+        if isinstance(value, torch.Tensor) and not is_followed(value):
+            return [float(item) for item in value.detach().flatten().tolist()]
         if isinstance(value, torch.Tensor) or value is None or not is_static(value):
             raise self.refuse(f"its {what} is not a constant")
         return [float(item) for item in value.flat]
+
+    def truth(self, value: Value) -> bool | None:
+        """A condition; None where it depends on the values of the data while the graph is captured."""
+        if isinstance(value, torch.Tensor):
+            return None if is_followed(value) else bool(value.detach().reshape(()).item())
+        if value is None:
+            raise self.refuse("its condition is missing")
+        return bool(value.reshape(()).item())
 
     def axes(self, value: Value, default: Any = None) -> list[Any] | None:
         """Axes from the input where it is given (newer opsets), else from the attribute."""

@@ -19,13 +19,13 @@ from __future__ import annotations
 
 import fnmatch
 import hashlib
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
-from plait.capture.onnx.read import OnnxFile, OnnxNode
+from plait.capture.onnx.graph import OnnxFile, OnnxNode
 from plait.errors import TargetError
 
 __all__ = ["Roles", "find_roles"]
@@ -50,6 +50,22 @@ _NORM = {
     "SimplifiedLayerNormalization": (1,),
     "PRelu": (1,),
 }
+_MICROSOFT = {
+    "FusedMatMul": (0, 1),
+    "FusedGemm": (0, 1, 2),
+    "FusedConv": (1, 2),
+    "Attention": (1, 2),
+    "MultiHeadAttention": (3,),
+    "EmbedLayerNormalization": (2, 3, 4, 5, 6),
+    "SkipLayerNormalization": (2, 3, 4),
+    "SkipSimplifiedLayerNormalization": (2, 3),
+    "BiasGelu": (1,),
+    "FastGelu": (1,),
+    "DynamicQuantizeMatMul": (1, 4),
+    "MatMulIntegerToFloat": (1, 6),
+}
+# Of whole numbers, which become numbers of floating type.
+_INTEGER = {"MatMulInteger": (0, 1), "ConvInteger": (1,)}
 _BESIDE = ("Add", "Sub", "Mul", "Div", "Sum", "Concat", "Where")
 _MASKED = -1e4  # added to scores before a softmax, from here down it is a mask (float16's smallest is -65504)
 
@@ -73,12 +89,35 @@ def find_roles(file: OnnxFile, *, train: Sequence[str] = (), fixed: Sequence[str
         TargetError: a pattern matches nothing, or nothing of floating type.
     """
     flow = _Flow(file)
-    for node in file.nodes:
+    for node in _flat(file.nodes):
         flow.follow(node)
     chosen = (flow.found | _matching(file, train, "train")) - _matching(file, fixed, "fixed")
     roles = Roles([name for name in file.constants if name in chosen], flow.statistics - chosen)
     roles.transposed = _transposed(file, roles.parameters)
     return roles
+
+
+def _flat(nodes: Iterable[OnnxNode]) -> Iterator[OnnxNode]:
+    """The nodes with those inside control flow before the node itself, and what goes in and out of them joined by names."""
+    for node in nodes:
+        inner = list(node.inputs)
+        for body in node.bodies.values():
+            first = {"Loop": 2, "Scan": len(node.inputs)}.get(node.op, 0)
+            joined = [*([""] * first), *inner[first:]] if node.op == "Loop" else inner
+            for name, outer in zip(body.inputs, joined, strict=False):
+                # What is carried from round to round is data, even where it starts as a constant.
+                yield _joined(node, "Carried", (outer,) if outer else (), (name,))
+            yield from _flat(body.nodes)
+        if not node.bodies:
+            yield node
+            continue
+        outputs = [body.outputs[1:] if node.op == "Loop" else body.outputs for body in node.bodies.values()]
+        for names, out in zip(zip(*outputs, strict=False), node.outputs, strict=False):
+            yield _joined(node, "Merged", names, (out,))
+
+
+def _joined(node: OnnxNode, op: str, inputs: tuple[str, ...], outputs: tuple[str, ...]) -> OnnxNode:
+    return replace(node, op=op, domain="", inputs=inputs, outputs=outputs, bodies={}, captured=(), attributes={})
 
 
 def _is_float(array: np.ndarray[Any, Any]) -> bool:
@@ -112,6 +151,11 @@ class _Flow:
     def follow(self, node: OnnxNode) -> None:
         """Give the node's constants their roles, then say what its outputs are."""
         given = [name for name in node.inputs if name]
+        if node.op == "Carried":
+            self._live.update(node.outputs)
+            if any(name in self._learned or self._made_of.get(name, frozenset()) & self.found for name in given):
+                self._learned.update(node.outputs)
+            return
         if node.op in ("Shape", "Size") or all(name in self._made_of for name in given):
             of = frozenset() if node.op in ("Shape", "Size") else frozenset().union(*(self._made_of[n] for n in given))
             self._made_of.update(dict.fromkeys(node.outputs, of))
@@ -124,7 +168,7 @@ class _Flow:
             self._learned.update(node.outputs)
         if learned or any(name in self._live for name in given):
             self._live.update(node.outputs)
-        if node.op in _LINEAR:
+        if node.op in _LINEAR or node.op in _MICROSOFT or node.op in _INTEGER:
             self._linear.update(node.outputs)
 
     def _roles(self, node: OnnxNode) -> None:
@@ -136,7 +180,11 @@ class _Flow:
             if node.op == "BatchNormalization":
                 for name in node.inputs[3:5]:
                     self.statistics |= self._made_of.get(name, frozenset())
-        elif node.op in _LINEAR and (live or learned):
+        elif node.domain == "com.microsoft" and node.op in _MICROSOFT:
+            self._take(node, _MICROSOFT[node.op])
+        elif node.op in _INTEGER and (live or learned):
+            self._take(node, _INTEGER[node.op], is_whole=True)
+        elif node.domain == "" and node.op in _LINEAR and (live or learned):
             self._take(node, _LINEAR[node.op])
         elif node.op == "Gather" and node.attributes.get("axis", 0) == 0 and node.inputs[1] in data:
             self._take(node, (0,), least_rank=2)
@@ -146,12 +194,13 @@ class _Flow:
                 if self._beside(name, after_linear=after_linear and node.op == "Add"):
                     self._take(node, (slot,))
 
-    def _take(self, node: OnnxNode, slots: tuple[int, ...], least_rank: int = 0) -> None:
+    def _take(self, node: OnnxNode, slots: tuple[int, ...], least_rank: int = 0, *, is_whole: bool = False) -> None:
         for slot in slots:
             name = node.inputs[slot] if slot < len(node.inputs) else ""
             for constant in self._made_of.get(name, frozenset()):
                 array = self._constants[constant]
-                if _is_float(array) and array.ndim >= least_rank and array.size:
+                fits = (np.issubdtype(array.dtype, np.integer) and array.ndim > 1) if is_whole else _is_float(array)
+                if fits and array.ndim >= least_rank and array.size:
                     self.found.add(constant)
 
     def _beside(self, name: str, *, after_linear: bool) -> bool:

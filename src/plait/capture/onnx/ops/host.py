@@ -163,7 +163,8 @@ def _reduce(call: Call, a: Array, axes: Array | None = None) -> Array | None:
 def _range(_call: Call, start: Array, limit: Array, step: Array) -> Array | None:
     if not (is_static(start) and is_static(limit) and is_static(step)) or not all(map(_is_whole, (start, limit, step))):
         return None
-    found = range(int(start), int(limit), int(step))
+    first, last, by = (int(end.reshape(()).item()) for end in (start, limit, step))
+    found = range(first, last, by)
     return np.array(found, dtype=np.int64) if len(found) <= LARGEST_HOST else None
 
 

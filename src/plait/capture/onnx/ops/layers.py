@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import numpy as np
 import torch
 from torch.nn import functional as F
 
 from plait.capture.onnx.ops.table import operator
-from plait.capture.onnx.values import Call, Value
+from plait.capture.onnx.values import Call
 
-__all__: list[str] = []
+__all__ = ["convolved", "gemm"]
 
 _Tensor = torch.Tensor
 
@@ -23,7 +22,8 @@ def _matmul(_call: Call, a: _Tensor, b: _Tensor) -> _Tensor:
 
 
 @operator("Gemm")
-def _gemm(call: Call, a: _Tensor, b: _Tensor, c: _Tensor | None = None) -> _Tensor:
+def gemm(call: Call, a: _Tensor, b: _Tensor, c: _Tensor | None = None) -> _Tensor:
+    """alpha a b + beta c, either turned."""
     alpha, beta = call.attribute("alpha", 1.0), call.attribute("beta", 1.0)
     if call.attribute("transA", 0):
         a = a.t()
@@ -79,7 +79,8 @@ _CONV_TRANSPOSE: list[Any] = [None, F.conv_transpose1d, F.conv_transpose2d, F.co
 
 
 @operator("Conv")
-def _conv(call: Call, x: _Tensor, weight: _Tensor, bias: _Tensor | None = None) -> _Tensor:
+def convolved(call: Call, x: _Tensor, weight: _Tensor, bias: _Tensor | None = None) -> _Tensor:
+    """The convolution of a node, with its strides, pads and groups."""
     kernel = list(weight.shape[2:])
     stride, dilation, pads = _window(call, x, kernel)
     x, padding = _padded(x, pads)
@@ -118,11 +119,11 @@ def _conv_transpose(call: Call, x: _Tensor, weight: _Tensor, bias: _Tensor | Non
 
 
 @operator("MaxPool")
-def _max_pool(call: Call, x: _Tensor) -> _Tensor:
-    if len([name for name in call.node.outputs if name]) > 1:
-        raise call.refuse("its second output (indices)")
+def _max_pool(call: Call, x: _Tensor) -> _Tensor | tuple[_Tensor, _Tensor]:
     kernel = list(call.attribute("kernel_shape"))
     stride, dilation, pads = _window(call, x, kernel)
+    if len([name for name in call.node.outputs if name]) > 1:
+        return _max_pool_with_places(call, x, kernel, (stride, dilation, pads))
     x, padding = _padded(x, pads, -math.inf)
     if any(2 * p > k for p, k in zip(padding, kernel, strict=True)):  # more than torch pads by itself
         x, padding = _padded(
@@ -133,12 +134,47 @@ def _max_pool(call: Call, x: _Tensor) -> _Tensor:
     return out
 
 
+def _max_pool_with_places(
+    call: Call, x: _Tensor, kernel: list[int], window: tuple[list[int], list[int], list[int]]
+) -> tuple[_Tensor, _Tensor]:
+    """Also where each largest value lies, counted through the whole tensor."""
+    stride, dilation, pads = window
+    rank = len(kernel)
+    if pads[:rank] != pads[rank:] or any(2 * p > k for p, k in zip(pads, kernel, strict=False)):
+        raise call.refuse("its second output (indices) under pads that differ or are large")
+    if call.attribute("storage_order", 0):
+        raise call.refuse("storage_order")
+    pool: Any = [None, F.max_pool1d, F.max_pool2d, F.max_pool3d][rank]
+    ceil = bool(call.attribute("ceil_mode", 0))
+    out, places = pool(x, kernel, stride, pads[:rank], dilation, ceil, return_indices=True)
+    size = math.prod(x.shape[2:])
+    first = torch.arange(x.shape[0] * x.shape[1], device=x.device).reshape(x.shape[0], x.shape[1], *[1] * rank) * size
+    return out, places + first
+
+
+def _spread_pool(call: Call, x: _Tensor, kernel: list[int], window: tuple[list[int], list[int], list[int]]) -> _Tensor:
+    """The mean under dilation: a sum by a convolution of ones, over the count of what is inside."""
+    stride, dilation, pads = window
+    rank = len(kernel)
+    if call.attribute("ceil_mode", 0):
+        raise call.refuse("dilations with ceil_mode")
+    convolve = _CONV[rank]
+    flat = [size for i in reversed(range(rank)) for size in (pads[i], pads[i + rank])]
+    ones = torch.ones([x.shape[1], 1, *kernel], dtype=x.dtype, device=x.device)
+    total: _Tensor = convolve(F.pad(x, flat), ones, None, stride, 0, dilation, x.shape[1])
+    if call.attribute("count_include_pad", 0):
+        return total / math.prod(kernel)
+    inside = F.pad(torch.ones_like(x[:1, :1]), flat)
+    counts: _Tensor = convolve(inside, ones[:1], None, stride, 0, dilation)
+    return total / counts
+
+
 @operator("AveragePool")
 def _average_pool(call: Call, x: _Tensor) -> _Tensor:
     kernel = list(call.attribute("kernel_shape"))
     stride, dilation, pads = _window(call, x, kernel)
     if any(d != 1 for d in dilation):
-        raise call.refuse("dilations")
+        return _spread_pool(call, x, kernel, (stride, dilation, pads))
     counts_pads, rank = bool(call.attribute("count_include_pad", 0)), len(kernel)
     pool: Any = [None, F.avg_pool1d, F.avg_pool2d, F.avg_pool3d][rank]
     ceil = bool(call.attribute("ceil_mode", 0))
@@ -227,48 +263,3 @@ def _softmax(call: Call, x: _Tensor) -> _Tensor:
     else:
         found = (torch.softmax if call.node.op == "Softmax" else torch.log_softmax)(x, axis)
     return found.reshape(shape) if found.shape != shape else found
-
-
-@operator("RotaryEmbedding")
-def _rotary(call: Call, x: _Tensor, cos: _Tensor, sin: _Tensor, places: _Tensor | None = None) -> _Tensor:
-    heads, flat = call.attribute("num_heads", 0), x.dim() == 3
-    if flat:
-        x = x.reshape(*x.shape[:2], heads, -1).transpose(1, 2)
-    if places is not None:
-        cos, sin = cos[places], sin[places]
-    width = call.attribute("rotary_embedding_dim", 0) or x.shape[-1]
-    turned, rest = x[..., :width], x[..., width:]
-    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
-    if call.attribute("interleaved", 0):
-        a, b = turned[..., 0::2], turned[..., 1::2]
-        out = torch.stack((a * cos - b * sin, a * sin + b * cos), -1).flatten(-2)
-    else:
-        a, b = turned.chunk(2, -1)
-        out = torch.cat((a * cos - b * sin, a * sin + b * cos), -1)
-    out = torch.cat((out, rest), -1)
-    return out.transpose(1, 2).flatten(-2) if flat else out
-
-
-@operator("Attention", raw=True)
-def _attention(call: Call, q: Value, k: Value, v: Value, mask: Value = None, *others: Value) -> _Tensor:
-    if any(other is not None for other in others) or len([name for name in call.node.outputs if name]) > 1:
-        raise call.refuse("a key-value cache or its further outputs")
-    further = set(call.node.attributes) - {"q_num_heads", "kv_num_heads", "is_causal", "scale", "softmax_precision"}
-    asked = sorted(name for name in further if call.attribute(name) not in (0, -1))
-    if asked:
-        raise call.refuse(f"its {asked[0]}")
-    parts, flat = [], False
-    for value, name in ((q, "q_num_heads"), (k, "kv_num_heads"), (v, "kv_num_heads")):
-        assert value is not None
-        tensor = call.tensor(value)
-        if tensor.dim() == 3:
-            tensor, flat = tensor.reshape(*tensor.shape[:2], call.attribute(name), -1).transpose(1, 2), True
-        parts.append(tensor)
-    query, key, values = parts
-    if key.shape[1] != query.shape[1]:
-        times = query.shape[1] // key.shape[1]
-        key, values = key.repeat_interleave(times, 1), values.repeat_interleave(times, 1)
-    added = call.tensor(mask) if isinstance(mask, torch.Tensor | np.ndarray) else None
-    causal = bool(call.attribute("is_causal", 0))
-    out = F.scaled_dot_product_attention(query, key, values, added, is_causal=causal, scale=call.attribute("scale"))
-    return out.transpose(1, 2).flatten(-2) if flat else out

@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from plait.capture.onnx.ops.table import operator
-from plait.capture.onnx.values import DTYPES, Array, Call, Value, constant_tensor
+from plait.capture.onnx.values import DTYPES, Array, Call, Value, constant_tensor, is_followed
 
 __all__: list[str] = []
 
@@ -152,11 +152,15 @@ def _constant_of_shape(call: Call, shape: Value) -> _Tensor:
 def _range(call: Call, start: Value, limit: Value, step: Value) -> _Tensor:
     ends = []
     for value in (start, limit, step):
-        if isinstance(value, torch.Tensor) or value is None:
+        if value is None or (isinstance(value, torch.Tensor) and is_followed(value)):
             raise call.refuse("its ends depend on the values of the data")
         ends.append(value.reshape(()).item())
     whole = all(isinstance(end, int | torch.SymInt) for end in ends)
     kind = torch.int64 if whole else torch.float32
+    if isinstance(start, torch.Tensor):
+        kind = start.dtype
+    if all(isinstance(end, int | float) for end in ends) and abs(ends[1] - ends[0]) > _LARGEST * abs(ends[2]):
+        raise call.refuse(f"it would make {abs(ends[1] - ends[0]) / abs(ends[2] or 1):.0f} numbers")
     return torch.arange(*ends, dtype=kind, device=call.device)
 
 
@@ -222,7 +226,15 @@ def _scatter_elements(call: Call, data: _Tensor, indices: _Tensor, updates: _Ten
 def _scatter_nd(call: Call, data: _Tensor, indices: _Tensor, updates: _Tensor) -> _Tensor:
     how = _reduced(call)
     if how not in (None, "sum"):
-        raise call.refuse(f"reduction {call.attribute('reduction')}")
+        # Along the flattened front dims, where one index stands for the whole tuple.
+        depth = indices.shape[-1]
+        rows = torch.zeros(indices.shape[:-1], dtype=torch.int64, device=data.device)
+        for place, size in zip(indices.unbind(-1), data.shape[:depth], strict=True):
+            rows = rows * size + torch.where(place < 0, place + size, place)
+        flat = data.reshape(math.prod(data.shape[:depth]), -1)
+        moved = updates.reshape(-1, flat.shape[1])
+        where = rows.reshape(-1, 1).expand(moved.shape)
+        return flat.scatter_reduce(0, where, moved, how).reshape(data.shape)
     return data.index_put(indices.unbind(-1), updates, accumulate=how == "sum")
 
 
@@ -294,9 +306,11 @@ def _top_k(call: Call, x: Value, k: Value = None) -> tuple[_Tensor, _Tensor]:
 @operator("ArgMax", "ArgMin")
 def _arg_extreme(call: Call, x: _Tensor) -> _Tensor:
     axis, keep = call.attribute("axis", 0), bool(call.attribute("keepdims", 1))
+    find = torch.argmax if call.node.op == "ArgMax" else torch.argmin
     if call.attribute("select_last_index", 0):
-        raise call.refuse("select_last_index")
-    return torch.argmax(x, axis, keep) if call.node.op == "ArgMax" else torch.argmin(x, axis, keep)
+        last: _Tensor = x.shape[axis] - 1 - find(x.flip(axis), axis, keep)
+        return last
+    return find(x, axis, keep)
 
 
 @operator("DepthToSpace")
