@@ -139,3 +139,30 @@ def test_outputs_of_a_dataclass_that_torch_knows(tmp_path):
     entry, _ = export_entry(Gives().eval(), torch.randn(2, 6), [0], folder=tmp_path, most=8)
 
     assert len(entry.outputs) == 2
+
+
+def test_outputs_of_a_class_come_back_as_it():
+    """A dataclass that pytree does not know, and transformers' outputs: their loss reads attributes."""
+
+    @dataclass
+    class Answer:
+        mean: torch.Tensor
+        steps: int
+        rest: tuple[torch.Tensor, ...]
+
+    class Answers(nn.Module):
+        def forward(self, x):
+            return Answer(mean=x.mean(), steps=3, rest=(x, x * 2))
+
+    x = torch.randn(2, 3)
+    flat = Flat.of(Answers(), x)
+    tensors = flat.flatten_outputs(Answers()(x))
+    back = flat.unflatten_outputs(tensors)
+
+    assert len(tensors) == 3
+    assert flat.output_names(Answers()(x)) == ["mean", "rest_0", "rest_1"]
+    assert isinstance(back, Answer)
+    assert torch.equal(back.rest[1], x * 2)
+
+    outputs = pytest.importorskip("transformers").modeling_outputs.SequenceClassifierOutput(logits=x)
+    assert torch.equal(flat.unflatten_outputs(flat.flatten_outputs(outputs)).logits, x)

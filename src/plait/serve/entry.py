@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import keyword
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,8 @@ class Flat:
     outputs_spec: pytree.TreeSpec | None = None
     outputs_kept: list[int] | None = None
     outputs_count: int = 0
+    _rebuild: Callable[[Any], Any] | None = None
+    """Makes of a dict the class that the module returns."""
 
     @classmethod
     def of(cls, module: nn.Module, inputs: Any) -> Flat:
@@ -70,8 +72,7 @@ class Flat:
 
     def flatten_outputs(self, outputs: Any) -> tuple[torch.Tensor, ...]:
         """The tensors of the outputs; what is None or a number is left out."""
-        if hasattr(outputs, "to_tuple"):
-            outputs = dict(outputs)
+        outputs, self._rebuild = _as_dict(outputs)
         leaves, self.outputs_spec = pytree.tree_flatten(outputs)
         self.outputs_count = len(leaves)
         self.outputs_kept = [i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
@@ -83,12 +84,12 @@ class Flat:
         leaves: list[Any] = [None] * self.outputs_count
         for i, tensor in zip(self.outputs_kept or (), tensors, strict=True):
             leaves[i] = tensor
-        return pytree.tree_unflatten(leaves, self.outputs_spec)
+        found = pytree.tree_unflatten(leaves, self.outputs_spec)
+        return found if self._rebuild is None else self._rebuild(found)
 
     def output_names(self, outputs: Any) -> list[str]:
         """A name for each tensor of the outputs: its key, or `output`."""
-        if hasattr(outputs, "to_tuple"):
-            outputs = dict(outputs)
+        outputs, _ = _as_dict(outputs)
         names: list[str] = []
         for path, leaf in pytree.tree_flatten_with_path(outputs)[0]:
             if isinstance(leaf, torch.Tensor):
@@ -97,6 +98,23 @@ class Flat:
                     _identifier("_".join(["output", *words] if not words or words[0].isdigit() else words), names)
                 )
         return names
+
+
+def _as_dict(outputs: Any) -> tuple[Any, Callable[[Any], Any] | None]:
+    """Outputs of a class whose tensors pytree would not find as a dict, and what makes the class of it again."""
+    kind = type(outputs)
+    if hasattr(outputs, "to_tuple"):  # transformers' own
+        return dict(outputs), lambda values: kind(**values)
+    if is_dataclass(outputs) and pytree.tree_leaves(outputs) == [outputs]:
+
+        def rebuild(values: dict[str, Any]) -> Any:
+            made = object.__new__(kind)  # its own __init__ may take other things than its fields
+            for name, value in values.items():
+                object.__setattr__(made, name, value)
+            return made
+
+        return {one.name: getattr(outputs, one.name) for one in fields(outputs)}, rebuild
+    return outputs, None
 
 
 def _identifier(text: str, taken: Sequence[str]) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from plait.capture.trace import call_model, loss_of
+from plait.capture.trace import call_model, loss_of, user_line
 from plait.serve.accuracy import difference
 from plait.serve.prepare import Prepared
 from plait.serve.source import Source, eval_mode
@@ -67,7 +67,7 @@ def accuracy_on_data(prepared: Prepared, loss: Loss | None, folder: Path) -> dic
 
     subject = prepared.subject
     entry = subject.entries["forward"]
-    gaps, eager_losses, losses = [], [], []
+    gaps, eager_losses, losses, wrong = [], [], [], ""
     for sample, (_, targets) in zip(entry.data, prepared.data, strict=True):
         path = folder / f"got-{sample.file}"
         if not path.is_file():
@@ -76,15 +76,23 @@ def accuracy_on_data(prepared: Prepared, loss: Loss | None, folder: Path) -> dic
         path.unlink()
         got, want = [held[s.name] for s in entry.outputs], subject.outputs(sample)
         gaps.append(difference([s.name for s in entry.outputs], want, got))
-        if loss is not None:
-            with torch.no_grad():
-                eager_losses.append(float(loss(prepared.flat.unflatten_outputs(want), targets)))
-                losses.append(float(loss(prepared.flat.unflatten_outputs(got), targets)))
+        if loss is not None and not wrong:
+            try:
+                with torch.no_grad():
+                    eager_losses.append(float(loss(prepared.flat.unflatten_outputs(want), targets)))
+                    losses.append(float(loss(prepared.flat.unflatten_outputs(got), targets)))
+            except Exception as problem:  # the user's own function
+                where = user_line(problem)
+                wrong = f"the job's loss raised {type(problem).__name__}: {problem}{f', at {where}' if where else ''}"[
+                    :500
+                ]
     if not gaps:
         return None
     tops = [gap.top1 for gap in gaps if gap.top1 is not None]
+    losses = [] if wrong else losses
     return {
         "batches": len(gaps),
+        **({"loss_error": wrong} if wrong else {}),
         "max_abs": max(gap.max_abs for gap in gaps),
         "mean_abs": sum(gap.mean_abs for gap in gaps) / len(gaps),
         "max_rel": max(gap.max_rel for gap in gaps),

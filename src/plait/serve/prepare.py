@@ -48,7 +48,7 @@ def prepare(
     """
     with eval_mode(source.module):
         entry, flat, samples, run = _exported(source, folder, asked, tell)
-        kept = [batch for batch in data if _fits(entry, flat, source, batch)]
+        kept = [found for batch in data if (found := _fitting(entry, flat, source, batch)) is not None]
         held = [
             write_sample(
                 entry, folder, f"forward-data-{i}.safetensors", flat.tensors(source.served(batch)), {"out": run}
@@ -261,6 +261,23 @@ def outputs_moved(module: nn.Module, run: Any, wanted: Sequence[Any]) -> list[An
         with torch.no_grad():
             for name, value in state.items():
                 value.copy_(before[name])
+
+
+def _fitting(entry: Entry, flat: Flat, source: Source, batch: tuple[Any, Any]) -> tuple[Any, Any] | None:
+    """A batch of the user's data, or as many of its samples as the artefact takes; None where its sizes are not served."""
+    if _fits(entry, flat, source, batch):
+        return batch
+    most = entry.dims["batch"][1] if "batch" in entry.dims else _fixed_batch(entry, source)
+    try:
+        cut = batches.split(source.job, batch, (0, most))
+    except (TargetError, RuntimeError, IndexError):  # no batch dimension, or fewer samples than that
+        return None
+    return cut if _fits(entry, flat, source, cut) else None
+
+
+def _fixed_batch(entry: Entry, source: Source) -> int:
+    dims = _batch_dims(source.serving_job)
+    return next((int(spec.shape[d]) for spec, d in zip(entry.inputs, dims, strict=True) if d is not None), 1)
 
 
 def _fits(entry: Entry, flat: Flat, source: Source, batch: tuple[Any, Any]) -> bool:

@@ -46,6 +46,8 @@ def text(report: Mapping[str, Any]) -> None:
     _print(console, _artefacts(rows))
     _print(console, _latencies(rows, report["best"]))
     _print(console, _data(rows))
+    for why in dict.fromkeys(_without_data(rows, report["entries"])):
+        console.print(f"\n{why}", highlight=False, soft_wrap=True)
     _print(console, _generations(rows))
     decoder = report.get("decoder")
     if decoder and not decoder["ok"]:
@@ -195,6 +197,14 @@ def _data(rows: Sequence[Mapping[str, Any]]) -> Table:
                 "" if after is None else f"{after:.5g}",
             )
     return table
+
+
+def _without_data(rows: Sequence[Mapping[str, Any]], entries: Mapping[str, Any]) -> list[str]:
+    """What the table of the data cannot say, and why."""
+    found = [row["data"]["loss_error"] for row in rows if (row.get("data") or {}).get("loss_error")]
+    if entries and any(row["status"] == "ok" and "data" in row and row["data"] is None for row in rows):
+        found.append("accuracy on the data: not measured, no batch of it has the sizes that are served")
+    return found
 
 
 def _problem(console: Console, row: Mapping[str, Any]) -> None:
