@@ -46,7 +46,7 @@ _SMALL: dict[str, Any] = {
     **dict.fromkeys(("sliding_window", "sliding_window_size", "window_size", "attention_window_size"), 16),
     **dict.fromkeys(("local_attention", "attention_chunk_size", "index_topk", "keep_window_size"), 16),
     "mamba_chunk_size": 16,
-    "index_n_heads": 2,
+    "index_n_heads": 32,  # few heads of rectified scores give ties, which no cache is told from
     **dict.fromkeys(("linear_num_key_heads", "linear_num_value_heads"), 4),
     **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim"), 16),
     **dict.fromkeys(("qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim"), 8),

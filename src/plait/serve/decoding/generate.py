@@ -105,9 +105,13 @@ def capacity_of(decode: Entry) -> int:
     return decode.dims["capacity"][0]
 
 
-def logits_of(entry: Entry) -> list[int]:
-    """Places among a forward's outputs that may be logits [batch, length, vocabulary], the likeliest first."""
-    places = [i for i, s in enumerate(entry.outputs) if len(s.shape) == 3 and s.dtype.startswith(("float", "bfloat"))]
+def logits_of(entry: Entry, rank: int = 3) -> list[int]:
+    """Places among a forward's outputs that may be logits [batch, length, vocabulary], the likeliest first.
+
+    `rank` 2: [batch, vocabulary], as a decoder may give them of the last position alone; but so does a classifier.
+    """
+    floats = ("float", "bfloat")
+    places = [i for i, s in enumerate(entry.outputs) if len(s.shape) == rank and s.dtype.startswith(floats)]
     return sorted(places, key=lambda i: entry.outputs[i].name != "logits")
 
 

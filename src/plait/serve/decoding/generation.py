@@ -55,11 +55,13 @@ def generation(
     count = min(TOKENS, room + 1 - prompt.shape[1])
     forward, module, which = eager(subject)
     own_entry = subject.entries["forward"]
-    place, dtypes = logits_of(own_entry)[0], [getattr(torch, spec.dtype) for spec in own_entry.inputs]
+    place = (logits_of(own_entry) or logits_of(own_entry, 2))[0]
+    dtypes = [getattr(torch, spec.dtype) for spec in own_entry.inputs]
     roles = roles_of(subject.inputs(own_entry.samples[0])) or ["tokens"]
 
     def logits(tokens: torch.Tensor) -> torch.Tensor:
-        return forward(all_inputs(roles, dtypes, tokens))[place]
+        found = forward(all_inputs(roles, dtypes, tokens))[place]
+        return found if found.dim() == 3 else found[:, None]
 
     if which == "exported" and own_entry.dims.get("length", (1, 0))[1] < room:
         # The forward ends at the sample's length; prefill is the same graph up to the cache's.

@@ -23,7 +23,7 @@ def indexed(source: Positions, node: fx.Node, view: View) -> Need | None:
     table, indices = node.args[:2]
     if source.takes_last(node):
         return Need({path: source.one(parent) for path, parent in tensors_in(source, node)}, True)
-    places = [i for i, index in enumerate(indices) if index is not None]  # type: ignore[union-attr, arg-type]
+    places = [i for i, index in enumerate(indices) if index is not None]  # type: ignore[arg-type]
     if places != list(range(places[0], places[-1] + 1)):
         return unknown(source, node, view)
     first, count = places[0], len(places)

@@ -172,7 +172,8 @@ def along(source: Positions, node: fx.Node, view: View) -> Need | None:
     def place(parent: fx.Node, i: int) -> int | None:
         if source.rank(parent) == 1 < rank:  # the index of index_add and its kind
             return taken[0] if taken and optimistic else None
-        j = i + 1 if added and i >= taken[0] else i
+        put_in = added or (kind == "select_scatter" and parent is node.args[1])
+        j = i + 1 if put_in and i >= taken[0] else i
         if j in taken and not (optimistic and j in view) and not added:
             return None
         return j - 1 if removed and taken and j > taken[0] else j
@@ -321,9 +322,12 @@ def attention(source: Positions, node: fx.Node, view: View) -> Need | None:
 
 
 def filled(source: Positions, node: fx.Node, view: View) -> Need | None:
-    """One value everywhere: any size of it will do."""
-    parents = tensors_in(source, node)
-    return Need({path: source.one(parent) for path, parent in parents}, False, _shape(node, view, 0))
+    """One value everywhere: of an input its type alone is taken, so any size of it will do."""
+    views: dict[Path, View] = {}
+    for path, parent in tensors_in(source, node):
+        dims = source.dims(parent)
+        views[path] = frozenset(i for i, kind in dims.items() if kind in (EXACT, FLAT)) if dims else frozenset({-1})
+    return Need(views, False, _shape(node, view, 0))
 
 
 def unknown(source: Positions, node: fx.Node, view: View) -> Need | None:
