@@ -18,7 +18,7 @@ from plait.serve.runtimes.ladder import Rung, ladder, rungs, served, unfit
 from plait.serve.runtimes.litert import LiteRt
 from plait.serve.runtimes.simplify import simplified
 from plait.serve.runtimes.tvm import Tvm, _order, _seconds
-from plait.serve.runtimes.tvm_graph import SPELLED
+from plait.serve.runtimes.tvm_spelled import SPELLED
 from plait.serve.runtimes.tvm_tuner import _next
 from plait.serve.subject import Entry, Sample, Subject, TensorSpec
 
@@ -230,6 +230,26 @@ def test_operators_as_tvm_is_given_them():
     assert torch.equal(indexing(x, [i]), x[i])
     assert torch.equal(indexing(x, [i, None, i]), x[i, :, i])
     assert torch.equal(indexing(x, [truth]), x[truth])
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("options", [{}, {"stride": [2, 3]}, {"stride": [3], "padding": [2, 1], "output_padding": [1]}])
+@pytest.mark.parametrize("dilation", [1, 2])
+def test_convolutions_as_tvm_is_given_them(groups: int, options: dict[str, list[int]], dilation: int):
+    """Turned around, they compute what torch's transposed ones do; a norm over groups, too."""
+    x, weight, bias = torch.randn(2, 4, 5, 6), torch.randn(4, 3, 3, 4), torch.randn(3 * groups)
+    options = {**options, "dilation": [dilation, dilation]}
+    want = nn.functional.conv_transpose2d(x, weight, bias, groups=groups, **options)
+
+    got = SPELLED["aten.conv_transpose2d.input"](x, weight, bias, groups=groups, **options)
+    assert torch.allclose(got, want, atol=1e-5)
+    norm = SPELLED["aten.group_norm.default"]
+    assert torch.allclose(
+        norm(x, 2, bias[:1].expand(4), None, 1e-3),
+        nn.functional.group_norm(x, 2, bias[:1].expand(4), None, 1e-3),
+        atol=1e-5,
+    )
+    assert torch.allclose(norm(x, 4), nn.functional.group_norm(x, 4), atol=1e-5)
 
 
 def test_the_next_kernel_to_tune():

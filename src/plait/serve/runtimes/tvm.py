@@ -26,6 +26,7 @@ from plait.serve.runtimes.ladder import Rung, inputs_at, rungs, served, unfit
 from plait.serve.runtimes.own_environment import OwnEnvironment
 from plait.serve.runtimes.simplify import simplified
 from plait.serve.runtimes.tvm_schedules import chosen
+from plait.serve.runtimes.tvm_spelled import SPELLED
 from plait.serve.runtimes.tvm_tuner import Tuned, tune, without_intrinsics
 from plait.serve.subject import Subject
 
@@ -150,7 +151,7 @@ def _module(subject: Subject, name: str, rung: Rung, target: Any) -> tuple[Any, 
     from plait.serve.runtimes.scattering import without_scattering
 
     program = without_scattering(subject.program(name))
-    program = simplified(program, inputs_at(subject, name, rung), tvm_graph.SPELLED)
+    program = simplified(program, inputs_at(subject, name, rung), SPELLED)
     return tvm_graph.lowered(*tvm_graph.imported(program), target)
 
 

@@ -7,7 +7,7 @@ imported ─▶ what depends on weights alone worked out now (weights turned, ba
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "PREPARE",
-    "SPELLED",
     "arrays",
     "imported",
     "library",
@@ -28,100 +27,6 @@ __all__ = [
 
 PREPARE = "main_transform_params"
 """The library's function that lays weights out as its kernels want them; absent where they want them as they are."""
-
-
-def _gelu(x: torch.Tensor, *, approximate: str = "none") -> torch.Tensor:
-    import torch
-
-    if approximate == "tanh":
-        return 0.5 * x * (1 + torch.tanh(0.7978845608028654 * (x + 0.044715 * x * x * x)))
-    return 0.5 * x * (1 + torch.erf(x * 0.7071067811865476))
-
-
-def _sigmoid(x: torch.Tensor) -> torch.Tensor:
-    import torch
-
-    return 1 / (1 + torch.exp(-x))
-
-
-def _silu(x: torch.Tensor) -> torch.Tensor:
-    return x * _sigmoid(x)
-
-
-def _index(x: torch.Tensor, indices: Sequence[torch.Tensor | None]) -> torch.Tensor:
-    """x[:, i, j]: of whole numbers for neighbouring dimensions, by one lookup in those dimensions laid together."""
-    import torch
-
-    spread: Any = torch.broadcast_tensors
-    places = [place for place, index in enumerate(indices) if index is not None]
-    given = [index for index in indices if index is not None]
-    is_block = places == list(range(places[0], places[0] + len(places)))
-    if not is_block or any(index.dtype not in (torch.int64, torch.int32) for index in given):
-        return torch.ops.aten.index.Tensor(x, indices)  # type: ignore[no-any-return]
-    first, last = places[0], places[-1]
-    together = torch.zeros((), dtype=torch.int64)
-    for place, index in zip(places, spread(*given), strict=True):
-        size = x.shape[place]
-        together = together * size + torch.where(index < 0, index + size, index)
-    found = x.flatten(first, last).index_select(first, together.reshape(-1))
-    return found.reshape(*x.shape[:first], *together.shape, *x.shape[last + 1 :])
-
-
-def _floor_divide(x: torch.Tensor, divisor: Any) -> torch.Tensor:
-    import torch
-
-    is_number = not isinstance(divisor, torch.Tensor)
-    return torch.floor_divide(x, torch.full((1,), divisor, dtype=x.dtype) if is_number else divisor)
-
-
-def _amax(x: torch.Tensor, dim: Sequence[int] = (), keepdim: bool = False) -> torch.Tensor:
-    import torch
-
-    for place in sorted((d % x.dim() for d in dim or range(x.dim())), reverse=True):
-        x = torch.max(x, place, keepdim=keepdim).values
-    return x
-
-
-def _amin(x: torch.Tensor, dim: Sequence[int] = (), keepdim: bool = False) -> torch.Tensor:
-    return -_amax(-x, dim, keepdim)
-
-
-def _clamp(x: torch.Tensor, min: Any = None, max: Any = None) -> torch.Tensor:  # noqa: A002  torch's own names
-    """Of whole numbers with a limit on one side only: TVM takes infinity for the other one."""
-    import torch
-
-    if x.is_floating_point():
-        return torch.clamp(x, min, max)
-    if min is not None:
-        x = torch.maximum(x, torch.full((1,), min, dtype=x.dtype))
-    return x if max is None else torch.minimum(x, torch.full((1,), max, dtype=x.dtype))
-
-
-def _any(x: torch.Tensor) -> torch.Tensor:
-    return x.reshape(-1).any(0)
-
-
-def _least(x: torch.Tensor, dim: int, keepdim: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-    import torch
-
-    values, indices = torch.max(-x, dim, keepdim=keepdim)
-    return -values, indices
-
-
-SPELLED: dict[str, Callable[..., Any]] = {
-    "aten.amax.default": _amax,
-    "aten.amin.default": _amin,
-    "aten.any.default": _any,
-    "aten.clamp.default": _clamp,
-    "aten.min.dim": _least,
-    "aten.floor_divide.default": _floor_divide,
-    "aten.gelu.default": _gelu,
-    "aten.sigmoid.default": _sigmoid,
-    "aten.silu.default": _silu,
-    "aten.index.Tensor": _index,
-}
-"""Operators by what TVM computes in vectors, where by their own names they call the C library for every number; an indexing
-whose shape its importer gets wrong; a division by a number to which it gives another type; and some that it has no name for."""
 
 
 def this_processor(threads: int) -> dict[str, Any]:

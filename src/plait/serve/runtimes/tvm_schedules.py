@@ -76,7 +76,11 @@ def _candidates(kernel: Any, target: Any, measured: Any, seed: int) -> Iterator[
     context.pre_tuning(
         _DRAWN, _DRAWN, context.generate_design_space(), ms.database.MemoryDatabase(), ms.cost_model.RandomModel()
     )
-    for candidate in context.generate_measure_candidates() or []:
+    try:
+        drawn = context.generate_measure_candidates() or []
+    except Exception:  # some kernels' spaces end in an error of TVM's own; such a kernel stays plain loops, which is counted
+        return
+    for candidate in drawn:
         yield candidate.sch.trace, candidate.args_info
 
 
