@@ -250,6 +250,20 @@ def test_labels_are_not_served_and_the_loss_is_found():
     assert float(loss(dict(outputs), targets)) == pytest.approx(float(want), rel=1e-6)
 
 
+def test_decoder_inputs_are_the_labels_shifted():
+    """Where the model does it by itself without a public function for it; the logits are the same."""
+    pytest.importorskip("transformers")
+    sizes = "d_model=16&encoder_layers=1&decoder_layers=1&encoder_attention_heads=2&decoder_attention_heads=2&encoder_ffn_dim=16"
+    tokens = "decoder_ffn_dim=16&vocab_size=64&pad_token_id=0&bos_token_id=1&eos_token_id=2&decoder_start_token_id=3"
+    source = source_of(f"hf:whisper?{sizes}&{tokens}&max_source_positions=20")
+    served = source.served(source.job.batch)
+
+    assert sorted(served) == ["decoder_input_ids", "input_features"]
+    with torch.no_grad():
+        want = source.module.eval()(**source.job.batch[0]).logits
+        assert torch.equal(source.module(**served).logits, want)
+
+
 def _raises():
     raise ValueError("no such size")
 

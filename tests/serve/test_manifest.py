@@ -6,10 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from plait.errors import ServeError
 from plait.serve.manifest import MANIFEST, Manifest
-from plait.serve.served import load
+from plait.serve.served import Function, load
 from plait.serve.subject import Entry, TensorSpec
 
 
@@ -98,6 +99,8 @@ def test_a_file_that_came_later_is_refused(tmp_path):
         lambda data: data.update(files=[1]),
         lambda data: data.update(backend=7),
         lambda data: data["entries"]["forward"].update(inputs=[{"name": "x", "dtype": "float32", "shape": [-1]}]),
+        lambda data: data["entries"]["forward"].update(outputs=[{"name": "x", "dtype": "float99", "shape": [1]}]),
+        lambda data: data.update(precision="fp7"),
         lambda data: data["entries"].update({"../x": data["entries"]["forward"]}),
     ],
 )
@@ -116,3 +119,22 @@ def test_no_artefact_and_unknown_backend(tmp_path):
     folder = changed(artefact(tmp_path / "a"), lambda data: data.update(backend="elsewhere"))
     with pytest.raises(ServeError, match="'elsewhere' is not installed"):
         load(folder)
+
+
+def test_what_a_runtime_cannot_read_is_said(tmp_path):
+    """A file that fits its hash and is still no program: the runtime's error is the cause of plait's."""
+    with pytest.raises(ServeError, match=r"a: torch cannot load forward: \w+: "):
+        load(artefact(tmp_path / "a"), threads=1)(torch.zeros(2, 3))
+
+
+def test_a_runtime_that_fails_or_gives_too_little(tmp_path):
+    """In a line, too."""
+    entry = Entry(inputs=(TensorSpec("x", "float32", (3,)),), outputs=(TensorSpec("y", "float32", (3,)),))
+
+    def fails(inputs):
+        raise RuntimeError("no such kernel")
+
+    with pytest.raises(ServeError, match="here: forward failed when it ran: RuntimeError: no such kernel"):
+        Function(entry, fails, "here")(torch.zeros(3))
+    with pytest.raises(ServeError, match="0 outputs, 1 are in its manifest"):
+        Function(entry, lambda inputs: [], "here")(torch.zeros(3))

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from plait.errors import ServeError
+from plait.serve.backend import PRECISIONS
 from plait.serve.subject import Entry
 
 __all__ = ["FORMAT", "MANIFEST", "Manifest", "folder_bytes"]
@@ -82,6 +83,8 @@ class Manifest:
                 raise TypeError("facts, versions and entries must be objects")
             if not all(isinstance(text, str) for text in texts.values()):
                 raise TypeError(f"{', '.join(texts)} must be text")
+            if texts["precision"] not in PRECISIONS:
+                raise ValueError(f"no precision {texts['precision']!r}")
         except FileNotFoundError:
             raise ServeError(
                 f"{folder}: there is no {MANIFEST}; it is no exported artefact",

@@ -7,11 +7,12 @@ logits = served(tokens)
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from plait.errors import ServeError
+from plait.errors import PlaitError, ServeError
 from plait.serve.backend import Artefact, Backend, Runner
 from plait.serve.manifest import Manifest
 from plait.serve.subject import Entry, TensorSpec, misfit
@@ -98,7 +99,9 @@ class Served:
                 facts=self.manifest.facts,
                 knobs=self._knobs,
             )
-            self._functions[name] = Function(artefact.entry, self._backend.load(artefact), str(self.folder))
+            with _said(f"{self.folder}: {self.manifest.backend} cannot load {name}"):
+                run = self._backend.load(artefact)
+            self._functions[name] = Function(artefact.entry, run, str(self.folder))
         return self._functions[name]
 
     def generate(self, tokens: torch.Tensor, *, max_new_tokens: int = 64, stop: int | None = None) -> torch.Tensor:
@@ -111,6 +114,21 @@ class Served:
         """What the entry point gives; see `Function`."""
         entries = self.manifest.entries
         return self.entry("forward" if "forward" in entries else next(iter(entries)))(*inputs, **named)
+
+
+@contextmanager
+def _said(what: str) -> Iterator[None]:
+    """A runtime's own error, which may be of any kind, as one of plait's, with the other as its cause."""
+    try:
+        yield
+    except PlaitError:
+        raise
+    except Exception as problem:
+        text = " ".join(str(problem).split())[:300]
+        raise ServeError(
+            f"{what}: {type(problem).__name__}: {text}",
+            hint="if the files come from another release of the runtime, or were changed, export again",
+        ) from problem
 
 
 class Function:
@@ -133,7 +151,11 @@ class Function:
         given = self._bind(inputs, named)
         is_numpy = all(isinstance(value, np.ndarray) for value in given)
         tensors = [torch.from_numpy(np.ascontiguousarray(v)) if isinstance(v, np.ndarray) else v for v in given]
-        outputs = self._run(checked(self.spec, tensors, self._where))
+        tensors = checked(self.spec, tensors, self._where)
+        with _said(f"{self._where}: {self.spec.name} failed when it ran"):
+            outputs = self._run(tensors)
+        if len(outputs) != len(self.spec.outputs):
+            raise ServeError(f"{self._where}: {len(outputs)} outputs, {len(self.spec.outputs)} are in its manifest")
         values = [t.numpy() if is_numpy else t for t in outputs]
         if len(values) == 1:
             return values[0]

@@ -261,7 +261,7 @@ def _label(job: Job, module: nn.Module) -> tuple[str, bool]:
     if job.loss is not None or not isinstance(inputs, dict) or not isinstance(targets, torch.Tensor):
         return "", False
     equal = [k for k, v in inputs.items() if isinstance(v, torch.Tensor) and torch.equal(v, targets)]
-    for shifts in (False, True) if hasattr(module, _SHIFT) else (False,):
+    for shifts in (False, True) if _can_shift(module) else (False,):
         for label in equal:
             with suppress(Exception):  # an input that the model needs is no label
                 call_model(module, _without(module, inputs, targets, label, shifts))
@@ -269,8 +269,27 @@ def _label(job: Job, module: nn.Module) -> tuple[str, bool]:
     return "", False
 
 
+def _can_shift(module: nn.Module) -> bool:
+    config = getattr(module, "config", None)
+    return hasattr(module, _SHIFT) or (
+        bool(getattr(config, "is_encoder_decoder", False))
+        and isinstance(getattr(config, "decoder_start_token_id", None), int)
+    )
+
+
+def _shifted(module: Any, targets: torch.Tensor) -> torch.Tensor:
+    """The decoder's inputs for labels: by the model's own function, else a place to the right, after the token that starts."""
+    if hasattr(module, _SHIFT):
+        found: torch.Tensor = getattr(module, _SHIFT)(targets)
+        return found
+    moved = targets.roll(1, -1)
+    moved[..., 0] = module.config.decoder_start_token_id
+    padding = getattr(module.config, "pad_token_id", None)
+    return moved.masked_fill(moved == -100, 0 if padding is None else padding)  # labels that do not count
+
+
 def _without(module: nn.Module, inputs: Any, targets: Any, label: str, shifts: bool) -> Any:
     if not label:
         return inputs
     served = {key: value for key, value in inputs.items() if key != label}
-    return {**served, "decoder_input_ids": getattr(module, _SHIFT)(targets)} if shifts else served
+    return {**served, "decoder_input_ids": _shifted(module, targets)} if shifts else served

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["Entry", "Sample", "Subject", "TensorSpec", "misfit", "write_program"]
 
 SUBJECT = "subject.json"
+_DTYPE = re.compile(r"float(?:16|32|64)|bfloat16|float8_[a-z0-9]+|u?int(?:8|16|32|64)|bool|complex(?:32|64|128)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,7 +211,10 @@ def _spec(data: Mapping[str, Any]) -> TensorSpec:
     shape = tuple(data["shape"])
     if not all(isinstance(size, str) or (isinstance(size, int) and size >= 0) for size in shape):
         raise ValueError(f"{shape} is no shape")
-    return TensorSpec(_text(data["name"]), _text(data["dtype"]), shape)
+    dtype = _text(data["dtype"])
+    if not _DTYPE.fullmatch(dtype):
+        raise ValueError(f"{dtype!r} is no type of numbers")
+    return TensorSpec(_text(data["name"]), dtype, shape)
 
 
 def _sample(data: Mapping[str, Any]) -> Sample:
