@@ -1,6 +1,7 @@
 """Quantised weights, scaled back once: they become constants of floating type that train in their own units.
 
     DequantizeLinear of constants        a constant
+    Gather, then DequantizeLinear        Gather in a table of real numbers
     QLinearConv, QLinearMatMul, QGemm    DequantizeLinear -> Conv, MatMul, Gemm -> QuantizeLinear
     MatMulNBits                          MatMul
     DynamicQuantizeMatMul,               the same with a weight of scale 1
@@ -26,8 +27,10 @@ Folded = tuple[list[Any], dict[str, Array]]
 """Nodes in place of one, and constants that they need."""
 
 
-def folded(node: Any, constants: dict[str, Array]) -> Folded | None:
-    """What stands for the node; None where it stays. `constants` by name, those read so far."""
+def folded(node: Any, constants: dict[str, Array], makers: dict[str, Any]) -> Folded | None:
+    """What stands for the node; None where it stays. `constants` by name and `makers` of values, those read so far."""
+    if node.op == "DequantizeLinear" and getattr(makers.get(node.inputs[0]), "op", "") == "Gather":
+        return _table(node, makers[node.inputs[0]], constants)
     rule = _RULES.get(node.op) if node.domain in ("", "com.microsoft") else None
     return None if rule is None else rule(node, constants)
 
@@ -50,6 +53,18 @@ def _dequantize(node: Any, constants: dict[str, Array]) -> Folded | None:
     axis, block = node.attributes.get("axis", 1), node.attributes.get("block_size", 0)
     array = _scaled(node, constants, (0, 1, 2), axis, block)
     return None if array is None else ([], {node.outputs[0]: array})
+
+
+def _table(node: Any, gather: Any, constants: dict[str, Array]) -> Folded | None:
+    """Rows of a table that is kept quantised with one scale for all."""
+    scale = constants.get(node.inputs[1])
+    if gather.inputs[0] not in constants or scale is None or scale.size != 1:
+        return None
+    array = _scaled(replace(node, inputs=(gather.inputs[0], *node.inputs[1:])), constants, (0, 1, 2), 0)
+    if array is None:
+        return None
+    name = f"{node.outputs[0]}.table"
+    return [replace(gather, inputs=(name, gather.inputs[1]), outputs=node.outputs)], {name: array}
 
 
 def _parts(

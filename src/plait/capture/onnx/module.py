@@ -175,9 +175,11 @@ def refuse_unknown(file: OnnxFile) -> None:
     kinds = sorted({f"{node.domain}.{node.op}".lstrip(".") for node in unknown})
     known = [name for domain, name in OPERATORS if domain == first.domain]
     others = f" (nor does it import {', '.join(kinds[1:6])})" if len(kinds) > 1 else ""
+    hint = "export with a lower opset or other settings, or open an issue that names the operator"
+    if first.domain.endswith("nchwc"):
+        hint = "onnxruntime laid this file out for one CPU: save it with ORT_ENABLE_EXTENDED, not ORT_ENABLE_ALL"
     raise TargetError(
-        f"{file.path}: {first}: plait imports no such operator{nearest(first.op, known)}{others}",
-        hint="export with a lower opset or other settings, or open an issue that names the operator",
+        f"{file.path}: {first}: plait imports no such operator{nearest(first.op, known)}{others}", hint=hint
     )
 
 

@@ -177,16 +177,20 @@ class _Reader:
 
     def nodes(self, graph: Any, rename: dict[str, str], depth: int = 0) -> list[OnnxNode]:
         """The graph's nodes as they stand; those that are constants are taken."""
-        found = []
-        for node in graph.node:
-            made = self._node(node, rename, depth)
-            if made.op == "Constant" and made.domain == "" and len(made.outputs) == 1:
+        found: list[OnnxNode] = []
+        makers: dict[str, OnnxNode] = {}
+        read = [self._node(node, rename, depth) for node in graph.node]
+        rest = [made for made in read if made.op != "Constant" or made.domain != "" or len(made.outputs) != 1]
+        kept = {id(made) for made in rest}
+        for made in read:
+            if id(made) not in kept:
                 self._keep(made.outputs[0], _constant(self.path, made))
-                continue
-            instead, constants = folded(made, self.constants) or ([made], {})
+        for made in rest:
+            instead, constants = folded(made, self.constants, makers) or ([made], {})
             for name, array in constants.items():
                 self._keep(name, array)
             found.extend(instead)
+            makers.update((name, one) for one in instead for name in one.outputs)
         return found
 
     def _node(self, node: Any, rename: dict[str, str], depth: int) -> OnnxNode:

@@ -196,10 +196,14 @@ def _global_pool(call: Call, x: _Tensor) -> _Tensor:
 
 
 @operator("BatchNormalization")
-def _batch_norm(call: Call, x: _Tensor, scale: _Tensor, bias: _Tensor, mean: _Tensor, variance: _Tensor) -> _Tensor:
+def _batch_norm(
+    call: Call, x: _Tensor, scale: _Tensor, bias: _Tensor, mean: _Tensor, variance: _Tensor
+) -> _Tensor | tuple[_Tensor, ...]:
     """Over the batch while the module trains, updating the statistics; ONNX's momentum is what is kept of the old ones."""
     momentum = 1.0 - call.attribute("momentum", 0.9)
-    return F.batch_norm(x, mean, variance, scale, bias, call.training, momentum, call.attribute("epsilon", 1e-5))
+    out = F.batch_norm(x, mean, variance, scale, bias, call.training, momentum, call.attribute("epsilon", 1e-5))
+    # A file written while it trained gives the statistics out, too; those of the batch (before opset 14) nothing reads.
+    return out if len(call.node.outputs) == 1 else (out, mean, variance, mean, variance)
 
 
 @operator("InstanceNormalization")

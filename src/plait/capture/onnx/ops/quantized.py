@@ -184,6 +184,15 @@ def _qlinear_unary(call: Call, *given: _Tensor) -> _Tensor:
     return _again(made, y_s, y_z, y_z)
 
 
+@operator("QLinearSoftmax", domain="com.microsoft")
+def _qlinear_softmax(call: Call, *given: _Tensor) -> _Tensor:
+    x, x_s, x_z, y_s, y_z = given
+    axis, real = call.attribute("axis", -1) % x.dim(), _back(x, x_s, x_z)
+    if call.attribute("opset", 13) < 13:
+        return _again(torch.softmax(real.flatten(axis), -1).reshape(x.shape), y_s, y_z, y_z)
+    return _again(torch.softmax(real, axis), y_s, y_z, y_z)
+
+
 @operator("QLinearGlobalAveragePool", domain="com.microsoft")
 def _qlinear_pool(call: Call, *given: _Tensor) -> _Tensor:
     x, x_s, x_z, y_s, y_z = given
