@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -12,6 +13,7 @@ from rich.table import Table
 __all__ = ["exit_status", "text"]
 
 _MIB = 2**20
+_NARROW = 110  # columns, below which folders and reasons stand under the table alone
 
 
 def exit_status(report: Mapping[str, Any], asked: str) -> int:
@@ -43,7 +45,11 @@ def text(report: Mapping[str, Any]) -> None:
         if "start_file" in placement:
             console.print(f"to serve: bash {placement['start_file']} COMMAND...", highlight=False, soft_wrap=True)
     rows = report["rows"]
-    _print(console, _artefacts(rows))
+    is_narrow = console.width < _NARROW
+    _print(console, _artefacts(rows, is_narrow))
+    if is_narrow and any(row.get("folder") for row in rows):
+        parents = dict.fromkeys(str(Path(row["folder"]).parent) for row in rows if row.get("folder"))
+        console.print(f"in {', '.join(parents)}, each in a folder of its name", highlight=False, soft_wrap=True)
     _print(console, _latencies(rows, report["best"]))
     _print(console, _data(rows))
     for why in dict.fromkeys(_without_data(rows, report["entries"])):
@@ -121,7 +127,7 @@ def _print(console: Console, table: Table) -> None:
 def _table(columns: Sequence[str]) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
     for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i < 1 else "right", overflow="fold")
+        table.add_column(column, justify="left" if i < 1 else "right", overflow="fold", no_wrap=i < 1)
     return table
 
 
@@ -130,9 +136,12 @@ def _name(row: Mapping[str, Any]) -> str:
     return " ".join(filter(None, words))
 
 
-def _artefacts(rows: Sequence[Mapping[str, Any]]) -> Table:
+def _artefacts(rows: Sequence[Mapping[str, Any]], is_narrow: bool) -> Table:
     table = _table(
-        ("backend", "state", "size", "export", "max error", "mean error", "rel. error", "memory", "folder or reason")
+        (
+            *("backend", "state", "size", "export", "max error", "mean error", "rel. error", "memory"),
+            *(() if is_narrow else ("folder or reason",)),
+        )
     )
     for row in rows:
         checks = [*row.get("parity", ()), *row.get("perturbed", ())]
@@ -147,7 +156,11 @@ def _artefacts(rows: Sequence[Mapping[str, Any]]) -> Table:
             _worst(checks, "mean_abs"),
             _worst(checks, "max_rel"),
             f"{memory / _MIB:.0f} MiB" if memory else "",
-            row.get("folder") or (note if row["status"] == "ok" else row.get("error", "")[:70]),
+            *(
+                []
+                if is_narrow
+                else [row.get("folder") or (note if row["status"] == "ok" else row.get("error", "")[:70])]
+            ),
         )
     return table
 
@@ -171,7 +184,7 @@ def _latencies(rows: Sequence[Mapping[str, Any]], best: Sequence[Mapping[str, An
                 str(one["threads"]),
                 f"{mine['p50_ms']:.2f}",
                 f"{mine['p99_ms']:.2f}",
-                f"{mine['samples_per_s']:.1f}",
+                f"{mine['samples_per_s']:.{1 if mine['samples_per_s'] < 1000 else 0}f}",
                 f"{one['eager']['p50_ms']:.2f}" + ("" if one["baseline"] == "own" else " (program)"),
                 f"{compiled['p50_ms']:.2f}" if compiled else "",
                 f"{one['ratio']:.2f}",
