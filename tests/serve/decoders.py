@@ -216,6 +216,73 @@ class LengthFirst(Base):
         return out.transpose(0, 1).contiguous().view(length, batch, WIDTH).transpose(0, 1)
 
 
+class Dots(Base):
+    """einsum with dots, and without a result; scores divided by their own sum."""
+
+    def attend(self, x, tokens):
+        q, k, v = map(heads, self.qkv(x).chunk(3, -1))
+        scores = torch.einsum("... i d, ... j d -> ... i j", q, k) / 2
+        weights = torch.exp(scores - torch.logsumexp(scores.masked_fill(~causal(x.shape[1]), -1e9), -1, keepdim=True))
+        out = torch.einsum("...ij,...jd->...id", weights * causal(x.shape[1]), v)
+        return torch.einsum("abc,cd", out.transpose(1, 2).flatten(2), torch.eye(WIDTH))
+
+
+class Blocks(Base):
+    """Linear attention, 16 positions at a time: a loop in Python carries a state from block to block."""
+
+    def attend(self, x, tokens):
+        length = x.shape[1]
+        q, k, v = (F.pad(heads(t), (0, 0, 0, -length % 16)).unflatten(2, (-1, 16)) for t in self.qkv(x).chunk(3, -1))
+        state, out = torch.zeros(x.shape[0], HEADS, 4, 4), []
+        for i in range(q.shape[2]):
+            out.append((q[:, :, i] @ k[:, :, i].mT).tril() @ v[:, :, i] + q[:, :, i] @ state)
+            state = 0.9 * state + k[:, :, i].mT @ v[:, :, i]
+        return torch.cat(out, 2)[:, :, :length].transpose(1, 2).flatten(2)
+
+
+class Angles(Base):
+    """Three rows of angles, the first overwritten in part by the others, as in rotary codes of several axes."""
+
+    def embed(self, tokens):
+        places = torch.arange(tokens.shape[1])[None, None].expand(3, tokens.shape[0], -1)
+        angles = places[..., None] * torch.tensor([1.0, 0.3, 0.1, 0.03])
+        first = angles[0]
+        first[..., 1:4:3] = angles[1, ..., 1:4:3]
+        return self.token(tokens) + first.cos().repeat(1, 1, 4)
+
+    def attend(self, x, tokens):
+        q, k, v = map(heads, self.qkv(x).chunk(3, -1))
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
+
+
+class Sparse(Angles):
+    """Every query sees the six keys that another score ranks highest; fewer where there are no six."""
+
+    def attend(self, x, tokens):
+        q, k, v = map(heads, self.qkv(x).chunk(3, -1))
+        seen = causal(x.shape[1])
+        rank = (q.sum(1) @ k.sum(1).mT).masked_fill(~seen, float("-inf"))
+        best = rank.topk(min(6, x.shape[1]), -1).indices
+        picked = best.new_zeros((*x.shape[:2], x.shape[1]), dtype=torch.bool).scatter(-1, best, True)
+        mask = (picked & seen)[:, None]
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
+
+
+class Last(Angles):
+    """Logits of the last position alone, in one of three spellings."""
+
+    def __init__(self, spelling: str) -> None:
+        super().__init__()
+        self.spelling = spelling
+
+    def forward(self, tokens):
+        x = self.embed(tokens)
+        x = x + self.attend(x, tokens)
+        if self.spelling == "row":
+            return self.head(x[:, -1])
+        return self.head(x[:, [-1]] if self.spelling == "list" else x[:, -1:])
+
+
 class Torch(nn.Module):
     """torch's own layers: an encoder with a causal mask, or multi-head attention by itself."""
 

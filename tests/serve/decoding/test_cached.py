@@ -167,13 +167,21 @@ def test_greedy_tokens_are_those_of_the_model(kind: type[nn.Module], tmp_path: P
         (decoders.Regions, 3),
         (decoders.Convolved, 4),  # and the inputs of the shift and of the convolution
         (decoders.LengthFirst, 2),
+        (decoders.Dots, 2),
+        (decoders.Blocks, 3),
+        (decoders.Angles, 2),
+        (decoders.Sparse, 3),  # keys, values, and what ranks them: the sum of the keys of all heads
+        (partial(decoders.Last, "row"), 2),
+        (partial(decoders.Last, "slice"), 2),
+        (partial(decoders.Last, "list"), 2),
         (partial(decoders.Torch, "attention"), 4),
         (partial(decoders.Torch, "encoder"), 4),
         (partial(decoders.Torch, "length first"), 4),
         (partial(Hand, "before"), 3),  # and the input of the running sum
     ],
     ids=str.split(
-        "sink alibi einsum turned complex latent window experts written regions conv fairseq mha encoder seq sum"
+        "sink alibi einsum turned complex latent window experts written regions conv fairseq dots blocks angles sparse "
+        "last-row last-slice last-list mha encoder seq sum"
     ),
 )
 def test_ways_to_attend(kind: Callable[[], nn.Module], caches: int) -> None:
@@ -186,7 +194,13 @@ def test_ways_to_attend(kind: Callable[[], nn.Module], caches: int) -> None:
     assert proof.max_rel < 1e-5
     assert proof.first_difference is None
     assert len(derived.caches) == caches
-    mixing = {"Convolved": {"pad", "slice", "conv1d"}, "Written": {"cumsum"}, "Regions": {"cumsum"}, "Hand": {"cumsum"}}
+    mixing = {
+        "Blocks": {"slice"},
+        "Convolved": {"pad", "slice", "conv1d"},
+        "Written": {"cumsum"},
+        "Regions": {"cumsum"},
+        "Hand": {"cumsum"},
+    }
     assert {line.split(":")[0] for line in proof.recomputed} == mixing.get(type(model).__name__, set())
 
 
