@@ -38,7 +38,9 @@ def main(arguments: list[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m plait.incoming", description=__doc__)
     frameworks = parser.add_subparsers(dest="framework", required=True, metavar="tensorflow|mxnet")
-    tensorflow = frameworks.add_parser("tensorflow", help="a SavedModel folder, or a .keras or .h5 file")
+    tensorflow = frameworks.add_parser(
+        "tensorflow", help="a SavedModel folder, or a .keras, .h5, .tflite or frozen .pb file"
+    )
     tensorflow.add_argument("model")
     tensorflow.add_argument("--signature", default="serving_default", help="of a SavedModel")
     tensorflow.add_argument("--opset", type=int, default=17)

@@ -1,7 +1,7 @@
 """Models of frameworks that cannot be installed beside plait's torch, to ONNX files that `onnx:FILE` takes.
 
-SavedModel folder, .keras, .h5   ──▶ environment `tensorflow` (tf2onnx) ──▶ model.onnx ──▶ onnx:model.onnx
-MXNet symbol.json and .params    ──▶ environment `mxnet`                ──▶ model.onnx
+SavedModel folder, .keras, .h5, .tflite, frozen .pb ──▶ environment `tensorflow` (tf2onnx) ──▶ model.onnx ──▶ onnx:model.onnx
+MXNet symbol.json and .params                       ──▶ environment `mxnet`                ──▶ model.onnx
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ __all__ = ["from_mxnet", "from_tensorflow"]
 
 _SCRIPTS = Path(__file__).parent / "scripts"
 _TIME_LIMIT = 900.0  # seconds
+_FILES = (".keras", ".h5", ".hdf5", ".tflite", ".pb")
 
 
 def from_tensorflow(
@@ -29,7 +30,7 @@ def from_tensorflow(
     opset: int = 17,
     time_limit: float = _TIME_LIMIT,
 ) -> dict[str, Any]:
-    """Write a SavedModel, .keras or .h5 file as ONNX; gives the names of inputs and outputs, and versions.
+    """Write a SavedModel, .keras, .h5, .tflite or frozen .pb file as ONNX; gives the names of inputs and outputs, and versions.
 
     The model is converted for inference (dropout is gone, batch norm by its moving statistics); trained further, its batch
     norms work on batches again. The file is there whole or not at all.
@@ -42,9 +43,11 @@ def from_tensorflow(
     """
     source = Path(path)
     is_folder = (source / "saved_model.pb").is_file()
-    if not is_folder and not (source.is_file() and source.suffix in (".keras", ".h5", ".hdf5")):
+    if not is_folder and not (source.is_file() and source.suffix in _FILES):
         what = (
-            "no such file" if not source.exists() else "neither a SavedModel (saved_model.pb) nor a .keras or .h5 file"
+            "no such file"
+            if not source.exists()
+            else f"neither a SavedModel (saved_model.pb) nor a file of {', '.join(_FILES)}"
         )
         raise TargetError(f"{source}: {what}")
     request = {"path": str(source.resolve()), "signature": signature, "opset": opset}

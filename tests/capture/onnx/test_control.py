@@ -112,6 +112,23 @@ def test_a_loop_of_known_length(tmp_path: Path):
     assert weight.grad.abs().sum() > 0
 
 
+def test_a_weight_that_is_handed_into_a_loop(tmp_path: Path):
+    """As tf2onnx writes it: a state that every round gives on as it came is no data."""
+    nodes = [
+        helper.make_node("MatMul", ["h", "v"], ["h2"]),
+        helper.make_node("Identity", ["go"], ["go2"]),
+        helper.make_node("Identity", ["v"], ["v2"]),
+    ]
+    body = inside(
+        nodes, [value("i", [], INT), value("go", [], BOOL), value("h", None), value("v", None)], ["go2", "h2", "v2"]
+    )
+    loop = helper.make_node("Loop", ["rounds", "yes", "x", "w"], ["y", "same"], "turns", body=body)
+    constants = {"rounds": np.array(2), "yes": np.array(True), "w": weights(3, 3)}
+    path = saved(tmp_path / "m.onnx", model([loop], [value("x", ["n", 3])], [value("y", None)], constants))
+
+    assert [tuple(p.shape) for p in compare(path, weights(2, 3)).parameters()] == [(3, 3)]
+
+
 def test_a_loop_until_the_data_say_so(tmp_path: Path):
     """It runs; a capture is refused with the reason."""
     module = compare(looping(tmp_path / "m.onnx", 9, until=True), weights(2, 3))

@@ -104,9 +104,13 @@ def _flat(nodes: Iterable[OnnxNode]) -> Iterator[OnnxNode]:
         for body in node.bodies.values():
             first = {"Loop": 2, "Scan": len(node.inputs)}.get(node.op, 0)
             joined = [*([""] * first), *inner[first:]] if node.op == "Loop" else inner
+            came = {name: one.inputs[0] for one in body.nodes if one.op == "Identity" for name in one.outputs}
+            given_on = {came.get(name, name) for name in body.outputs}
             for name, outer in zip(body.inputs, joined, strict=False):
-                # What is carried from round to round is data, even where it starts as a constant.
-                yield _joined(node, "Carried", (outer,) if outer else (), (name,))
+                # What is carried from round to round is data, even where it starts as a constant; what comes out as it
+                # went in is the same in every round (tf2onnx hands weights into a loop so).
+                op = "Identity" if outer and name in given_on else "Carried"
+                yield _joined(node, op, (outer,) if outer else (), (name,))
             yield from _flat(body.nodes)
         if not node.bodies:
             yield node

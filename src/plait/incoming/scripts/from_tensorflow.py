@@ -1,4 +1,4 @@
-"""Run in the environment `tensorflow`: a SavedModel, .keras or .h5 file to ONNX. REQUEST.json REPLY.json."""
+"""Run in the environment `tensorflow`: a SavedModel, .keras, .h5, .tflite or frozen .pb file to ONNX. REQUEST.json REPLY.json."""
 
 from __future__ import annotations
 
@@ -42,11 +42,36 @@ def _keras_file(path: Path) -> tuple[Any, list[Any]]:
     return call, specs
 
 
+def _frozen(path: Path, request: dict[str, Any]) -> Any:
+    """A graph of TensorFlow 1 whose variables are constants: from its placeholders to what nothing uses."""
+    import tensorflow as tf
+    import tf2onnx
+
+    graph = tf.compat.v1.GraphDef()
+    graph.ParseFromString(path.read_bytes())
+    used = {name.split(":")[0].lstrip("^") for node in graph.node for name in node.input}
+    inputs = [f"{node.name}:0" for node in graph.node if node.op == "Placeholder"]
+    last = [node for node in graph.node if node.name not in used and node.op not in ("Placeholder", "Const", "NoOp")]
+    outputs = [f"{node.name}:0" for node in last]
+    if not inputs or not outputs:
+        raise ValueError("the graph has no placeholder, or nothing that comes out of it")
+    model, _ = tf2onnx.convert.from_graph_def(
+        graph, input_names=inputs, output_names=outputs, opset=request["opset"], output_path=request["output"]
+    )
+    return model
+
+
 def _convert(request: dict[str, Any]) -> dict[str, Any]:
     import tensorflow as tf
     import tf2onnx
 
     path = Path(request["path"])
+    if path.suffix in (".pb", ".tflite"):
+        if path.suffix == ".pb":
+            model = _frozen(path, request)
+        else:
+            model, _ = tf2onnx.convert.from_tflite(str(path), opset=request["opset"], output_path=request["output"])
+        return _reply(model)
     call, specs = _saved_model(path, request["signature"]) if path.is_dir() else _keras_file(path)
     model, _ = tf2onnx.convert.from_function(
         tf.function(call, input_signature=specs),
@@ -54,6 +79,13 @@ def _convert(request: dict[str, Any]) -> dict[str, Any]:
         opset=request["opset"],
         output_path=request["output"],
     )
+    return _reply(model)
+
+
+def _reply(model: Any) -> dict[str, Any]:
+    import tensorflow as tf
+    import tf2onnx
+
     return {
         "inputs": [value.name for value in model.graph.input],
         "outputs": [value.name for value in model.graph.output],
