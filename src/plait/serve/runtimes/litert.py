@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -52,7 +53,10 @@ class LiteRt(OwnEnvironment):
             with contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
                 for rung in rungs(subject, name):
                     converter = converter.signature(rung.name, _Static(module), inputs_at(subject, name, rung))
-                converter.convert().export(str(file))
+                try:
+                    converter.convert().export(str(file))
+                except Exception as problem:
+                    raise RuntimeError(_with_code(str(problem))) from problem
                 shrink(file, precision)
         return {}
 
@@ -89,6 +93,16 @@ class LiteRt(OwnEnvironment):
 
         steps = [Rung.parse(key) for key in interpreters[artefact.entry.name].get_signature_list()]
         return served(artefact.entry, steps, graph)
+
+
+def _with_code(text: str) -> str:
+    """An error with the line of the program that it points at: its converter gives the number alone."""
+    import linecache
+
+    for file, line in dict.fromkeys(re.findall(r"(<eval_with_key>\.\d+):(\d+)", text)):
+        code = linecache.getline(file, int(line)).partition(";")[0].strip()
+        text = text.replace(f"{file}:{line}", f"%{code}") if code else text
+    return text
 
 
 def _Static(module: Any) -> Any:  # noqa: N802  a class that needs torch to exist

@@ -7,6 +7,7 @@ imported ─▶ what depends on weights alone worked out now (weights turned, ba
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,11 +38,22 @@ def this_processor(threads: int) -> dict[str, Any]:
 
 
 def imported(program: torch.export.ExportedProgram) -> tuple[Any, list[Any]]:
-    """(Relax module whose main takes inputs, then weights; the weights)."""
+    """(Relax module whose main takes inputs, then weights; the weights).
+
+    Raises:
+        NotImplementedError: the importer lacks operators, which are named as torch names them.
+    """
     from tvm.relax.frontend import detach_params
     from tvm.relax.frontend.torch import from_exported_program
 
-    module, parameters = detach_params(from_exported_program(program, keep_params_as_input=True))
+    try:
+        whole = from_exported_program(program, keep_params_as_input=True)
+    except AssertionError as problem:
+        lacking = re.findall(r"'(\w+\.\w+)'", str(problem))
+        if not lacking:
+            raise
+        raise NotImplementedError(f"TVM's importer lacks {', '.join(f'aten.{one}' for one in lacking)}") from None
+    module, parameters = detach_params(whole)
     return module, list(parameters.get("main", []))
 
 
