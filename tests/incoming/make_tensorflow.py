@@ -7,6 +7,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 from keras import layers
+from tensorflow.python.framework.convert_to_constants import convert_variables_to_constants_v2
 
 folder = Path(sys.argv[1])
 keras.utils.set_random_seed(0)
@@ -30,6 +31,10 @@ for weight in model.weights:
 model.export(folder / "saved", verbose=False)
 model.save(folder / "model.keras")
 model.save(folder / "old.h5")
+(folder / "model.tflite").write_bytes(tf.lite.TFLiteConverter.from_keras_model(model).convert())
+whole = tf.function(lambda image: model(image, training=False))
+frozen = convert_variables_to_constants_v2(whole.get_concrete_function(tf.TensorSpec([None, 12, 12, 3], tf.float32)))
+tf.io.write_graph(frozen.graph.as_graph_def(), str(folder), "frozen.pb", as_text=False)
 
 
 class Plain(tf.Module):

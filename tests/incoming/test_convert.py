@@ -57,9 +57,9 @@ def apart(onnx: Path, x: np.ndarray, y: np.ndarray) -> float:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["saved", "old.h5"])
+@pytest.mark.parametrize("name", ["saved", "old.h5", "model.tflite", "frozen.pb"])
 def test_tensorflow(tensorflow: Path, tmp_path: Path, workers: Workers, name: str):
-    """A SavedModel and an old Keras file: equal to TensorFlow within 1e-5, then trained on two replicas."""
+    """A SavedModel, an old Keras file, TFLite, a frozen graph of TensorFlow 1: equal to TensorFlow within 1e-5, then trained on two replicas."""
     path = tmp_path / "model.onnx"
     assert main(["tensorflow", str(tensorflow / name), "-o", str(path)]) == 0
 
