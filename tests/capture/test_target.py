@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from plait.capture.job import Job
 from plait.capture.target import check_target, load_target
@@ -67,6 +68,25 @@ def test_arguments_take_the_type_of_annotation_or_default(write):
         "h": (7, 8),
         "i": 9.0,
     }
+
+
+def test_every_process_draws_the_same_batch(write):
+    """Whatever was drawn before, and what is drawn after is not touched."""
+    path = write(
+        "import random\nimport numpy as np\nimport torch\nimport plait\n\nSHIFT = torch.randn(2)\n\n"
+        "def job():\n"
+        "    batch = (torch.randn(4, 2) + SHIFT, torch.from_numpy(np.random.rand(4)) + random.random())\n"
+        "    return plait.Job(lambda: torch.nn.Linear(2, 1), loss=lambda o, t: o.sum(), batch=batch)\n"
+    )
+    torch.manual_seed(1)
+    first = load_target(f"{path}:job").batch
+    after = torch.randn(3)
+    torch.manual_seed(2)
+    second = load_target(f"{path}:job").batch
+
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    torch.manual_seed(1)
+    assert torch.equal(after, torch.randn(3))
 
 
 def test_a_sibling_can_be_imported_and_the_path_stays_clean(write):

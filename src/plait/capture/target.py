@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import inspect
 import os
+import random
 import sys
 import traceback
 import types
@@ -26,7 +27,8 @@ def load_target(text: str) -> Job:
     """The Job that a TARGET stands for: `path/file.py:function?key=value`, `package.module:function`, `hf:MODEL_TYPE`,
     `onnx:FILE.onnx`.
 
-    The function's arguments are converted to the type of their annotation or default value. While the file is loaded
+    The function's arguments are converted to the type of their annotation or default value, and its random numbers (torch's,
+    numpy's, Python's) are the same in every process that loads the target, unless it seeds them itself. While the file is loaded
     and its function runs, its folder (the working directory for a module) can be imported from; not afterwards.
 
     Raises:
@@ -45,11 +47,13 @@ def load_target(text: str) -> Job:
     place, name = _place_and_name(target.place)
     is_file = _is_file(place)
     with _importable(Path(place).resolve().parent if is_file else Path.cwd()):
-        module = _load_file(Path(place)) if is_file else _load_module(place)
+        with _same_draws():
+            module = _load_file(Path(place)) if is_file else _load_module(place)
         function = _function(module, name, place)
         arguments = _bind(function, target.arguments, f"target {place}:{name}")
         try:
-            job = function(**arguments)
+            with _same_draws():  # again: a module that was loaded before draws nothing
+                job = function(**arguments)
         except PlaitError:
             raise
         except (Exception, SystemExit) as problem:
@@ -102,6 +106,24 @@ def _no_such_file(path: Path) -> NoReturn:
     near = sorted(p.name for p in path.parent.glob("*.py")) if path.parent.is_dir() else []
     what = "is a folder" if path.is_dir() else "no such file"
     raise TargetError(f"target {path}: {what}{nearest(path.name, near)}", hint="the path is relative to here")
+
+
+@contextmanager
+def _same_draws() -> Iterator[None]:
+    """The processes of a run load the target each for itself, and have to hold the same sample batch; states are put back."""
+    import numpy as np
+    import torch
+
+    of_python, of_numpy = random.getstate(), np.random.get_state()  # noqa: NPY002  what the user's code may draw from
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        random.seed(0)
+        np.random.seed(0)  # noqa: NPY002  what the user's code may draw from
+        try:
+            yield
+        finally:
+            random.setstate(of_python)
+            np.random.set_state(of_numpy)  # noqa: NPY002  what the user's code may draw from
 
 
 @contextmanager
