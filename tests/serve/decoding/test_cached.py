@@ -223,6 +223,16 @@ def test_prefill_gives_no_logits_but_the_last() -> None:
     assert (2, 7, decoders.TOKENS) not in shapes
 
 
+def test_tables_that_are_not_saved_stay_so() -> None:
+    """Moved weights must not move a rotary table in the artefact alone."""
+    model = Fused()
+    with eval_mode(model):
+        derived, _ = with_cache(model, torch.zeros(2, 8, dtype=torch.int64), capacity=CAPACITY, most=3)
+
+    for module in (derived.prefill, derived.decode):
+        assert set(module.state_dict()) <= {f"model.{name}" for name in model.state_dict()}
+
+
 def _positional(module: nn.Module) -> Callable[[Sequence[torch.Tensor]], Sequence[torch.Tensor]]:
     return lambda inputs: module(*inputs)
 

@@ -354,5 +354,10 @@ def _last(graph: fx.Graph, logits: Any) -> fx.Node:
 def _as_module(owner: nn.Module, graph: fx.Graph) -> fx.GraphModule:
     graph.lint()
     module = fx.GraphModule(owner, graph)
+    # fx makes every buffer one that is saved; a rotary table that is none must not be moved with the weights.
+    parts = dict(module.named_modules())
+    for name, part in owner.named_modules():
+        if name in parts:
+            parts[name]._non_persistent_buffers_set |= part._non_persistent_buffers_set & parts[name]._buffers.keys()
     module.eval()
     return module
