@@ -78,7 +78,7 @@ def _candidates(kernel: Any, target: Any, measured: Any, seed: int) -> Iterator[
     )
     try:
         drawn = context.generate_measure_candidates() or []
-    except Exception:  # some kernels' spaces end in an error of TVM's own; such a kernel stays plain loops, which is counted
+    except Exception:  # some spaces end in an error of TVM's own: plain loops, then, which are counted
         return
     for candidate in drawn:
         yield candidate.sch.trace, candidate.args_info
