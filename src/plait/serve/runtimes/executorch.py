@@ -38,12 +38,13 @@ class ExecuTorch(Backend):
             from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
             from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
 
+        from plait.serve.runtimes.complex_pairs import in_pairs
         from plait.serve.runtimes.lacking import VOLUMES, converted
         from plait.serve.runtimes.spelled import SORTING, spelled
 
         shares = []
         for name in subject.entries:
-            program = spelled(subject.program(name), {**SORTING, **VOLUMES})
+            program = spelled(in_pairs(subject.program(name)), {**SORTING, **VOLUMES})
             program = _quantised(program, subject, name) if precision == "int8" else cast(program, precision)
 
             def convert(

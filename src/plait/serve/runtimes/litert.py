@@ -43,11 +43,12 @@ class LiteRt(OwnEnvironment):
         import litert_torch
         import torch
 
+        from plait.serve.runtimes.complex_pairs import in_pairs
         from plait.serve.runtimes.scattering import without_scattering
         from plait.serve.runtimes.spelled import SORTING
 
         for name in subject.entries:
-            module: Any = without_scattering(subject.program(name), SORTING).module(check_guards=False)
+            module: Any = without_scattering(in_pairs(subject.program(name)), SORTING).module(check_guards=False)
             file = folder / f"{name}.tflite"
             converter: Any = litert_torch
             with contextlib.redirect_stdout(io.StringIO()), torch.no_grad():

@@ -50,15 +50,16 @@ class OnnxRuntime(Backend):
     def export(self, subject: Subject, folder: Path, precision: str) -> Mapping[str, Any]:
         """One file for each entry point, checked by onnx; quantised afterwards."""
         from plait.serve.decoding.cache_update import scattered
+        from plait.serve.runtimes.complex_pairs import in_pairs
 
         opset = 0
         for name in subject.entries:
             path = folder / f"{name}.onnx"
             if not precision.startswith("int8"):
-                opset = write_onnx(subject, name, path, scattered(cast(subject.program(name), precision)))
+                opset = write_onnx(subject, name, path, scattered(cast(in_pairs(subject.program(name)), precision)))
                 continue
             whole = folder / f"{name}.fp32.onnx"
-            opset = write_onnx(subject, name, whole, scattered(subject.program(name)))
+            opset = write_onnx(subject, name, whole, scattered(in_pairs(subject.program(name))))
             (_quantise if precision == "int8" else _compress)(whole, path)
             for part in folder.glob(f"{name}.fp32.*"):
                 part.unlink()
@@ -121,6 +122,7 @@ def write_onnx(subject: Subject, name: str, path: Path, program: torch.export.Ex
     import onnx
     import torch
 
+    from plait.serve.runtimes.complex_pairs import in_pairs
     from plait.serve.runtimes.lacking import converted
 
     entry = subject.entries[name]
@@ -139,7 +141,7 @@ def write_onnx(subject: Subject, name: str, path: Path, program: torch.export.Ex
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        written = converted(convert, program or subject.program(name))
+        written = converted(convert, program or in_pairs(subject.program(name)))
     written.save(str(path), external_data=subject.parameter_bytes > _PROTOBUF_LIMIT)
     # By its path, since a file with data beside it cannot be checked in memory.
     onnx.checker.check_model(str(path), full_check=True)

@@ -50,13 +50,14 @@ class OpenVino(Backend):
         import openvino
 
         from plait.serve.decoding.cache_update import scattered
+        from plait.serve.runtimes.complex_pairs import in_pairs
         from plait.serve.runtimes.lacking import converted
         from plait.serve.runtimes.openvino_int8 import compress
 
         for name, entry in subject.entries.items():
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of torch, about its own use of pytrees
-                model = converted(openvino.convert_model, scattered(subject.program(name)))
+                model = converted(openvino.convert_model, scattered(in_pairs(subject.program(name))))
             if precision.startswith("int8") and not compress(model):
                 raise ValueError("it has no matrix multiplication with weights, which is what int8 is for here")
             for port, spec in zip(model.inputs, entry.inputs, strict=True):

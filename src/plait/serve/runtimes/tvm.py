@@ -148,9 +148,10 @@ def _seconds() -> float:
 
 
 def _module(subject: Subject, name: str, rung: Rung, target: Any) -> tuple[Any, list[Any]]:
+    from plait.serve.runtimes.complex_pairs import in_pairs
     from plait.serve.runtimes.scattering import without_scattering
 
-    program = without_scattering(subject.program(name))
+    program = without_scattering(in_pairs(subject.program(name)))
     program = simplified(program, inputs_at(subject, name, rung), SPELLED)
     return tvm_graph.lowered(*tvm_graph.imported(program), target)
 
