@@ -35,7 +35,7 @@ from plait.capture.segments import mark_segments
 from plait.capture.work import build_graph
 from plait.errors import CaptureError, TargetError
 
-__all__ = ["call_model", "eval_mode", "loss_of", "path_name", "tied_names", "trace", "user_line"]
+__all__ = ["call_model", "eval_mode", "in_short", "loss_of", "path_name", "tied_names", "trace", "user_line"]
 
 _DROPPED = {
     "aten._assert_tensor_metadata.default",
@@ -315,6 +315,13 @@ def user_line(problem: BaseException) -> str:
         if "/torch/" not in path and "/plait/" not in path and not path.startswith("<"):
             where = f"{frame.filename}:{frame.lineno}: {frame.line}"
     return where
+
+
+def in_short(problem: BaseException, *around: BaseException) -> str:
+    """`TypeError at file:line: code (its first line)`; the place is the first that `user_line` finds, of it or of the errors around."""
+    where = next(filter(None, map(user_line, (problem, *around))), "")
+    text = str(problem).strip().splitlines()
+    return f"{type(problem).__name__}{f' at {where}' if where else ''} ({text[0][:200] if text else 'no message'})"
 
 
 def _explained(problem: BaseException) -> CaptureError:

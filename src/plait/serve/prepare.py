@@ -14,7 +14,7 @@ from torch import nn
 
 from plait.capture import batch as batches
 from plait.capture.job import Job
-from plait.capture.trace import call_model, user_line
+from plait.capture.trace import call_model, in_short
 from plait.errors import CaptureError, CheckpointError, TargetError
 from plait.serve.entry import Flat, export_entry, write_sample
 from plait.serve.perturb import perturb
@@ -119,10 +119,9 @@ def _tried(module: nn.Module, inputs: Any, size: int) -> None:
         with torch.no_grad():
             call_model(module, inputs)
     except Exception as problem:
-        where, text = user_line(problem), str(problem).strip().splitlines()
         raise CaptureError(
             f"export: {type(module).__name__} does not run in eval mode on its sample inputs{f' at batch {size}' if size else ''}: "
-            f"{type(problem).__name__}{f' at {where}' if where else ''} ({text[0][:200] if text else 'no message'})",
+            f"{in_short(problem)}",
             hint="give the Job a batch (or inputs=) that its forward takes",
         ) from None
 

@@ -16,7 +16,7 @@ from torch import nn
 
 from plait.capture.arguments import nearest
 from plait.capture.job import Job
-from plait.capture.trace import call_model, tied_names, user_line
+from plait.capture.trace import call_model, in_short, tied_names
 from plait.errors import CheckpointError, PlaitError, TargetError
 
 __all__ = ["Source", "eval_mode", "source_of"]
@@ -106,11 +106,8 @@ def _building(text: str) -> Iterator[None]:
     except PlaitError:
         raise
     except Exception as problem:
-        cause = problem.__cause__ or problem
-        where, lines = user_line(cause) or user_line(problem), str(cause).strip().splitlines()
         raise TargetError(
-            f"export {text}: the Job's model() raised {type(cause).__name__}{f' at {where}' if where else ''} "
-            f"({lines[0][:200] if lines else 'no message'})",
+            f"export {text}: the Job's model() raised {in_short(problem.__cause__ or problem, problem)}"
         ) from None
 
 

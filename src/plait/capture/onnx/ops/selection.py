@@ -9,6 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from plait.capture.onnx.ops.host import HOST
+from plait.capture.onnx.ops.shapes import running
 from plait.capture.onnx.ops.table import operator
 from plait.capture.onnx.values import DTYPES, Array, Call, Value, is_static
 
@@ -111,16 +112,13 @@ def _reverse_sequence(call: Call, x: _Tensor, lengths: _Tensor) -> _Tensor:
 
 @operator("CumProd", raw=True)
 def _cumprod(call: Call, x: Value, axis: Value) -> _Tensor:
-    assert x is not None
-    tensor, along = call.tensor(x), call.numbers(axis, "axis")[0]
-    backwards = call.attribute("reverse", 0)
-    if backwards:
-        tensor = tensor.flip(along)
-    if call.attribute("exclusive", 0):
-        ones = torch.ones_like(tensor.narrow(along, 0, 1))
-        tensor = torch.cat((ones, tensor.narrow(along, 0, tensor.shape[along] - 1)), along)
-    total = torch.cumprod(tensor, along).to(tensor.dtype)
-    return total.flip(along) if backwards else total
+    def products(tensor: _Tensor, along: int, exclusive: bool) -> _Tensor:
+        if exclusive:
+            ones = torch.ones_like(tensor.narrow(along, 0, 1))
+            tensor = torch.cat((ones, tensor.narrow(along, 0, tensor.shape[along] - 1)), along)
+        return torch.cumprod(tensor, along)
+
+    return running(call, x, axis, products)
 
 
 @operator("Det")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -280,17 +281,24 @@ def _trilu(call: Call, x: Value, k: Value = None) -> _Tensor:
     return (torch.triu if call.attribute("upper", 1) else torch.tril)(call.tensor(x), place)
 
 
-@operator("CumSum", raw=True)
-def _cumsum(call: Call, x: Value, axis: Value) -> _Tensor:
+def running(call: Call, x: Value, axis: Value, totals: Callable[[_Tensor, int, bool], _Tensor]) -> _Tensor:
+    """What `totals` gives of (tensor, axis, whether a place leaves itself out), from the end where the node says so."""
     assert x is not None
     tensor, along = call.tensor(x), call.numbers(axis, "axis")[0]
     backwards = call.attribute("reverse", 0)
     if backwards:
         tensor = tensor.flip(along)
-    total = torch.cumsum(tensor, along).to(tensor.dtype)
-    if call.attribute("exclusive", 0):
-        total = total - tensor
+    total = totals(tensor, along, bool(call.attribute("exclusive", 0))).to(tensor.dtype)
     return total.flip(along) if backwards else total
+
+
+@operator("CumSum", raw=True)
+def _cumsum(call: Call, x: Value, axis: Value) -> _Tensor:
+    def sums(tensor: _Tensor, along: int, exclusive: bool) -> _Tensor:
+        total = torch.cumsum(tensor, along).to(tensor.dtype)
+        return total - tensor if exclusive else total
+
+    return running(call, x, axis, sums)
 
 
 @operator("TopK", raw=True)
