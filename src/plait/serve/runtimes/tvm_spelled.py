@@ -80,11 +80,9 @@ def _clamp(x: torch.Tensor, min: Any = None, max: Any = None) -> torch.Tensor:  
     """Of whole numbers with a limit on one side only: TVM takes infinity for the other one."""
     import torch
 
-    if x.is_floating_point():
-        return torch.clamp(x, min, max)
-    if min is not None:
-        x = torch.maximum(x, torch.full((1,), min, dtype=x.dtype))
-    return x if max is None else torch.minimum(x, torch.full((1,), max, dtype=x.dtype))
+    from plait.serve.runtimes.lacking import limited
+
+    return torch.clamp(x, min, max) if x.is_floating_point() else limited(x, min, max)
 
 
 def _any(x: torch.Tensor) -> torch.Tensor:
